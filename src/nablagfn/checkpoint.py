@@ -1,0 +1,91 @@
+"""Checkpoints: everything with state, written atomically; resuming is the normal start.
+
+update_000010/pytorch_lora_weights.safetensors   for diffusers' load_lora_weights
+update_000010/policy.safetensors                 the same weights by the trainer's names
+update_000010/objective.safetensors              g_φ and whatever else the objective owns
+update_000010/optimizer.pt, state.json           moments; position
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .types import Policy
+
+PREFIX = "update_"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: epochs and updates done, and seconds spent so far."""
+
+    epoch: int = 0
+    update: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class CheckpointIO:
+    """Saves and loads the registered parts of a run under `folder`, keeping the newest `limit`."""
+
+    folder: Path
+    policy: Policy
+    modules: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    limit: int = 5
+
+    def save(self, position: Position) -> Path:
+        """Write a checkpoint; it appears under its name only when complete."""
+        target = self.folder / f"{PREFIX}{position.update:06d}"
+        temporary = self.folder / f".{target.name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.policy.save(temporary)
+        save_file(_plain(self.policy.state_dict()), temporary / "policy.safetensors")
+        save_file(_plain(self.modules.state_dict()), temporary / "objective.safetensors")
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        torch.save(state, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        if target.exists():  # written by a run that was killed after this very point
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        for old in checkpoints(self.folder)[: -self.limit]:
+            shutil.rmtree(old)
+        return target
+
+    def load_latest(self) -> Position:
+        """Restore the newest checkpoint; the start of the run when there is none."""
+        found = checkpoints(self.folder)
+        if not found:
+            return Position()
+        newest = found[-1]
+        load_policy(self.policy, newest)
+        self.modules.load_state_dict(load_file(newest / "objective.safetensors"))
+        state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        return Position(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
+
+
+def load_policy(policy: Policy, checkpoint: Path) -> None:
+    """Restore θ only, for sampling."""
+    policy.load_state_dict(load_file(checkpoint / "policy.safetensors"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}

@@ -1,0 +1,104 @@
+"""One epoch's data: which prompts, noise and transitions, as functions of (seed, epoch, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from . import rng
+from .config import Config
+from .kernels import KernelTable
+from .prompts import PromptSet
+from .rollout import rollout, subsample_steps, transitions
+from .types import Condition, Policy, Trajectories, Transitions
+
+
+class Collector:
+    """Draws this process's share of each epoch.
+
+    Trajectories have a global index within the epoch, and their prompt, noise and transitions
+    depend on it alone: the same global batch is drawn whatever the number of processes.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        table: KernelTable,
+        prompts: PromptSet,
+        config: Config,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.policy = policy
+        self.table = table
+        self.prompts = prompts
+        self.config = config
+        self.rank = rank
+        self.world = world
+
+    def indices(self, batch: int) -> range:
+        """Global indices of this process's trajectories in sampling batch `batch`."""
+        size = self.config.sampling.batch_size
+        start = (batch * self.world + self.rank) * size
+        return range(start, start + size)
+
+    def collect(self, epoch: int) -> Trajectories:
+        """All trajectories of this process for one epoch, from the policy as it is now."""
+        batches = range(self.config.sampling.num_batches_per_epoch)
+        return _concatenate([self._draw(epoch, self.indices(batch)) for batch in batches])
+
+    def _draw(self, epoch: int, indices: range) -> Trajectories:
+        seed = self.config.seed
+        prompts = [
+            self.prompts.draw(rng.generator(seed, "prompt", epoch, index)) for index in indices
+        ]
+        noise = rng.normal(
+            (self.table.num_steps + 1, *self.policy.sample_shape),
+            indices,
+            seed=seed,
+            purpose="noise",
+            step=epoch,
+        )
+        return rollout(self.policy, self.table, noise, self.policy.condition(prompts, ()))
+
+    def batches(self, drawn: Trajectories, epoch: int, inner: int) -> Iterator[Transitions]:
+        """The transitions of each optimizer update of one inner epoch, in shuffled order."""
+        step = epoch * self.config.training.num_inner_epochs + inner
+        count = len(drawn.condition)
+        order = torch.randperm(
+            count, generator=rng.generator(self.config.seed, "shuffle", step, self.rank)
+        )
+        size = self.config.training.batch_size * self.config.training.gradient_accumulation_steps
+        for rows in order.split(size):
+            yield self._choose(drawn, rows, step)
+
+    def _choose(self, drawn: Trajectories, rows: torch.Tensor, step: int) -> Transitions:
+        """Some steps of each trajectory in `rows`, always with the last."""
+        per_batch = self.config.sampling.batch_size
+        chosen, owners = [], []
+        for row in rows.tolist():
+            index = self.indices(row // per_batch)[row % per_batch]
+            steps = subsample_steps(
+                self.table.num_steps,
+                self.config.model.timestep_fraction,
+                self.config.sampling.low_var_subsampling,
+                rng.generator(self.config.seed, "steps", step, index),
+            )
+            chosen.append(steps)
+            owners.append(torch.full_like(steps, row))
+        return transitions(drawn, torch.cat(owners), torch.cat(chosen))
+
+
+def _concatenate(parts: list[Trajectories]) -> Trajectories:
+    conditions = [part.condition for part in parts]
+    embeds = [c.embeds for c in conditions if c.embeds is not None]
+    condition = Condition(
+        prompts=tuple(p for c in conditions for p in c.prompts),
+        metadata=tuple(m for c in conditions for m in c.metadata),
+        embeds=torch.cat(embeds) if embeds else None,
+    )
+    return Trajectories(
+        torch.cat([part.x for part in parts]), torch.cat([part.eps for part in parts]), condition
+    )

@@ -1,0 +1,280 @@
+"""Every option of a run: name, type, default, range and help text, in one place (torch-free).
+
+The names are those of the original `config/*.py` files; the defaults are the paper's
+(`docs/options.md` is generated from here).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line that names the key and the fix."""
+
+
+class Group(BaseModel):
+    """Base of all groups: unknown keys are refused, assignments are checked."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+Scheduler = Annotated[Literal["ddim", "ddpm", "dpm-solver"], BeforeValidator(_lower)]
+Method = Annotated[Literal["nabla-db"], BeforeValidator(_lower)]
+Attenuation = Annotated[Literal["squared", "sqrt"], BeforeValidator(_lower)]
+
+
+class Training(Group):
+    """Optimisation."""
+
+    lr: float = Field(1e-3, gt=0, description="learning rate of the LoRA")
+    flow_lr: float = Field(1e-3, gt=0, description="learning rate of the flow network g_φ")
+    flow_wd: float = Field(1e-2, ge=0, description="weight decay of the flow network")
+    optimizer: Literal["adamw", "lion"] = Field(
+        "adamw", description="adamw (torch) or lion (lion-pytorch; use a 3-10 times lower lr)"
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="first moment decay (adamw and lion)")
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description="second moment decay; 0.95 is often stabler"
+    )
+    adam_weight_decay: float = Field(1e-4, ge=0, description="weight decay of the LoRA")
+    adam_epsilon: float = Field(1e-8, gt=0, description="epsilon of adamw")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradient norm limit, applied to LoRA and flow network separately"
+    )
+    num_inner_epochs: int = Field(1, ge=1, description="passes over each epoch's samples")
+    batch_size: int = Field(4, ge=1, description="trajectories per accumulation step and process")
+    gradient_accumulation_steps: int = Field(
+        8, ge=1, description="accumulation steps per optimizer update"
+    )
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="transitions per forward pass; 0 means training.batch_size. Changes memory "
+        "and speed, not results",
+    )
+    num_epochs: int = Field(100, ge=1, description="epochs (sample, then update)")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "bf16",
+        description="dtype of the frozen weights on a GPU; the LoRA, scores, scheduler algebra and "
+        "rewards stay float32. On CPU float32 is used",
+    )
+    allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA GPUs")
+    gradscaler_growth_interval: int = Field(
+        2000, ge=1, description="updates between attempts to raise the fp16 loss scale"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute U-Net activations to save memory"
+    )
+
+
+class Model(Group):
+    """The objective and what is trained."""
+
+    lora_rank: int = Field(8, ge=1, description="LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0")
+    reward_scale: float = Field(
+        1e3, gt=0, description="β: the finetuned model samples p_pretrained·exp(β·reward)"
+    )
+    pretrained_strength: float = Field(
+        1.0, ge=0, le=1, description="s: weight of the prior log p_pretrained; 1 is the paper"
+    )
+    timestep_fraction: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of each trajectory's transitions to learn from (the last always added); "
+        "the paper has 0.1 for 50-step DDPM and 0.4 for 20-step SDE-DPM-Solver++",
+    )
+    unet_reg_scale: float = Field(
+        1e3, ge=0, description="λ: trust region towards the parameters that drew the samples"
+    )
+    reverse_loss_scale: float = Field(1.0, ge=0, description="w_B: weight of the reverse loss")
+    no_flow: bool = Field(
+        False, description="forward loss only, no flow network: least memory, more bias"
+    )
+    reward_adaptive_mode: Attenuation = Field(
+        "squared", description="γ, trust in the reward guess: squared (ᾱ) or sqrt (√ᾱ)"
+    )
+    flow_layers_per_block: int = Field(1, ge=1, description="layers per block of g_φ")
+    flow_channel_width: tuple[int, ...] = Field(
+        (64, 128, 256, 256), min_length=2, description="channel widths of g_φ"
+    )
+
+
+class Experiment(Group):
+    """Which reward, which prompts, which method."""
+
+    method: Method = Field("nabla-db", description="nabla-db: residual ∇-DB")
+    reward_fn: str = Field(
+        "aesthetic",
+        min_length=1,
+        description="a built-in reward, or package.module:function for your own "
+        "(images [B,3,H,W] in [0,1], prompts, metadata) -> [B]",
+    )
+    prompt_fn: str = Field(
+        "simple_animals",
+        min_length=1,
+        description="a built-in prompt set, or a .txt, .json or .csv file of prompts",
+    )
+
+
+class Sampling(Group):
+    """How trajectories are drawn."""
+
+    num_steps: int = Field(50, ge=2, le=1000, description="N: denoising steps")
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM η; 1 is DDPM (exact); ddim only")
+    guidance_scale: float = Field(
+        5.0, ge=1, description="classifier-free guidance; 1 switches it off (half the cost)"
+    )
+    batch_size: int = Field(16, ge=1, description="trajectories per sampling batch and process")
+    num_batches_per_epoch: int = Field(4, ge=1, description="sampling batches per epoch")
+    low_var_subsampling: bool = Field(
+        True, description="stratify the choice of transitions over the trajectory"
+    )
+    scheduler: Scheduler = Field(
+        "ddpm", description="ddim (with sampling.eta), ddpm, or dpm-solver (SDE-DPM-Solver++)"
+    )
+
+
+class Pretrained(Group):
+    """The model to finetune."""
+
+    model: str = Field(
+        "runwayml/stable-diffusion-v1-5",
+        min_length=1,
+        description="hub name or folder of a Stable-Diffusion-type pipeline, or tiny-animals "
+        "(shipped with nablagfn)",
+    )
+    revision: str = Field("main", description="hub revision")
+
+
+class Evaluation(Group):
+    """The before/after measurement at the end of a run."""
+
+    num_prompts: int = Field(8, ge=0, description="prompts measured before and after; 0: none")
+    images_per_prompt: int = Field(
+        4, ge=2, description="samples per prompt (at least 2: diversity needs pairs)"
+    )
+    seed: int = Field(1234, ge=0, description="seed of the evaluation samples")
+
+
+class Logging(Group):
+    """What is written during a run."""
+
+    use_wandb: bool = Field(
+        False, description="log to Weights & Biases (key from WANDB_API_KEY or `wandb login`)"
+    )
+    tensorboard: bool = Field(True, description="log to TensorBoard (RUN/tensorboard)")
+    wandb_dir: str = Field("", description="where W&B keeps its files; empty: the run folder")
+    proj_name: str = Field("nablagfn", min_length=1, description="W&B project")
+    save_freq: int = Field(5, ge=1, description="epochs between checkpoints")
+    num_checkpoint_limit: int = Field(5, ge=1, description="checkpoints kept")
+    sample_freq: int = Field(5, ge=0, description="epochs between sample grids; 0: none")
+    num_samples: int = Field(16, ge=1, description="pictures in a sample grid")
+
+
+class Saving(Group):
+    """Where runs are kept."""
+
+    output_dir: str = Field("runs", min_length=1, description="folder that holds the run folders")
+
+
+class Config(Group):
+    """All settings of one run. `seed` is set by --seed."""
+
+    seed: int = Field(0, ge=0, description="seed of the run")
+    training: Training = Field(default_factory=Training)
+    model: Model = Field(default_factory=Model)
+    experiment: Experiment = Field(default_factory=Experiment)
+    sampling: Sampling = Field(default_factory=Sampling)
+    pretrained: Pretrained = Field(default_factory=Pretrained)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    logging: Logging = Field(default_factory=Logging)
+    saving: Saving = Field(default_factory=Saving)
+
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates per inner epoch. Raises ConfigError when the batches do not divide."""
+        drawn = self.sampling.batch_size * self.sampling.num_batches_per_epoch
+        used = self.training.batch_size * self.training.gradient_accumulation_steps
+        if drawn % used:
+            raise ConfigError(
+                f"training.batch_size x training.gradient_accumulation_steps = {used} must divide "
+                f"sampling.batch_size x sampling.num_batches_per_epoch = {drawn}"
+            )
+        return drawn // used
+
+
+def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """{'training.lr': 0.001, ...}: every option by its dotted name."""
+    flat: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def describe() -> dict[str, tuple[str, Any]]:
+    """Help text and default of every option by its dotted name."""
+    rows: dict[str, tuple[str, Any]] = {}
+
+    def walk(group: BaseModel, prefix: str) -> None:
+        for name, info in type(group).model_fields.items():
+            value = getattr(group, name)
+            if isinstance(value, BaseModel):
+                walk(value, f"{prefix}{name}.")
+            else:
+                rows[prefix + name] = (info.description or "", value)
+
+    walk(Config(), "")
+    return rows
+
+
+REMOVED = {
+    "logging.wandb_key": "keys are never kept in a config: set WANDB_API_KEY or run `wandb login`",
+    "logging.save_json": "metrics are always written to RUN/metrics.jsonl",
+}
+
+
+def set_option(config: Config, key: str, value: Any) -> None:
+    """Set one dotted option; strings are parsed by the option's type.
+
+    Raises ConfigError, one line, for an unknown key (naming the nearest) or a bad value.
+    """
+    known = flatten(config)
+    if key in REMOVED:
+        raise ConfigError(f"config.{key} does not exist here: {REMOVED[key]}")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown option config.{key}: did you mean config.{near}?")
+    *path, name = key.split(".")
+    group: Any = config
+    for part in path:
+        group = getattr(group, part)
+    if isinstance(known[key], tuple) and isinstance(value, str):
+        value = [part for part in value.strip("()[] ").split(",") if part.strip()]
+    try:
+        setattr(group, name, value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        help_text = describe()[key][0]
+        raise ConfigError(f"config.{key}={value!r}: {reason} ({help_text})") from None
+
+
+def merge(config: Config, values: dict[str, Any], prefix: str = "") -> Config:
+    """Set a nested mapping of options (an original-style config file's content) on `config`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            merge(config, value, f"{prefix}{name}.")
+        else:
+            set_option(config, prefix + name, value)
+    return config

@@ -1,0 +1,153 @@
+"""Draw fixed-seed samples from the policy and measure reward, diversity and recognition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from . import rng
+from .critics import AnimalClassifier
+from .features import features, pairwise_diversity
+from .kernels import KernelTable
+from .rollout import rollout
+from .types import Policy, Reward
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured picture. recognised is None where no classifier knows the prompt."""
+
+    index: int
+    prompt: str
+    reward: float
+    feature: Tensor
+    image: Tensor
+    recognised: bool | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Figures of one set of samples. diversity: mean feature distance within prompts, in [0, 2]."""
+
+    num_samples: int
+    reward_mean: float
+    reward_std: float
+    diversity: float
+    recognised: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def headline(self) -> dict[str, float]:
+        """The figures worth a curve: reward, diversity, and recognised where it is known."""
+        figures = {"reward": self.reward_mean, "diversity": self.diversity}
+        return figures if self.recognised is None else {**figures, "recognised": self.recognised}
+
+
+def draw(
+    policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
+) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1]; the noise of row i depends on (seed, seeds[i]) only."""
+    noise = rng.normal(
+        (table.num_steps + 1, *policy.sample_shape), seeds, seed=seed, purpose="evaluation"
+    )
+    condition = policy.condition(prompts, ())
+    with torch.no_grad():
+        return policy.decode(rollout(policy, table, noise, condition).clean).clamp(0, 1).float()
+
+
+class Evaluator:
+    """Measures a policy on fixed prompts and seeds; the work is shared by all processes.
+
+    critics: folder with the classifier that came with the pretrained model, if it has one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: Policy,
+        reward: Reward,
+        table: KernelTable,
+        *,
+        batch_size: int,
+        seed: int,
+        critics: Path | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.policy = policy
+        self.reward = reward
+        self.table = table
+        self.batch_size = batch_size
+        self.seed = seed
+        self.classifier = (
+            None
+            if critics is None
+            else AnimalClassifier.from_folder(critics).to(policy.device).eval()
+        )
+
+    def samples(
+        self,
+        prompts: Sequence[str],
+        *,
+        reference: bool = False,
+        on_done: Callable[[int], object] = lambda count: None,
+    ) -> list[Sample]:
+        """One sample per entry of `prompts`, seed i for entry i, in order, on every process.
+
+        reference: draw from the frozen model. on_done: told how many pictures were just made.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = -(-len(prompts) // world)
+        mine: list[Sample] = []
+        last = min(len(prompts), (rank + 1) * share)
+        for start in range(rank * share, last, self.batch_size):
+            rows = range(start, min(start + self.batch_size, last))
+            with self.policy.reference() if reference else nullcontext():
+                mine += self._measure([prompts[i] for i in rows], rows)
+            on_done(len(rows) * world)
+        gathered = mine if world == 1 else gather_object(mine)
+        return sorted(gathered, key=lambda sample: sample.index)
+
+    def _measure(self, prompts: list[str], rows: range) -> list[Sample]:
+        images = draw(self.policy, self.table, prompts, rows, seed=self.seed)
+        with torch.no_grad():
+            rewards = self.reward(images, prompts, [{} for _ in prompts])
+        recognised = self._recognised(images, prompts)
+        return [
+            Sample(i, prompt, float(value), feature.cpu(), image.cpu(), known)
+            for i, prompt, value, feature, image, known in zip(
+                rows, prompts, rewards, features(images), images, recognised, strict=True
+            )
+        ]
+
+    def _recognised(self, images: Tensor, prompts: list[str]) -> list[bool | None]:
+        """Whether the classifier sees the animal that the prompt names (None: it names none)."""
+        if self.classifier is None:
+            return [None] * len(prompts)
+        animals = set(self.classifier.labels["animal"])
+        seen = self.classifier.predict(images)["animal"]
+        named = [next((w for w in p.lower().split() if w in animals), None) for p in prompts]
+        return [None if n is None else n == s for n, s in zip(named, seen, strict=True)]
+
+
+def summarise(samples: Sequence[Sample]) -> Measurement:
+    """The figures of a set of samples with at least two of some prompt."""
+    rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
+    known = [s.recognised for s in samples if s.recognised is not None]
+    return Measurement(
+        num_samples=len(samples),
+        reward_mean=float(rewards.mean()),
+        reward_std=float(rewards.std()),
+        diversity=pairwise_diversity(
+            torch.stack([s.feature for s in samples]), [s.prompt for s in samples]
+        ),
+        recognised=sum(known) / len(known) if known else None,
+    )

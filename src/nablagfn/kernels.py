@@ -1,0 +1,163 @@
+"""Gaussian denoising kernels p(x_{k+1} | x_k) = N(c1·x + c2·ε, std²) and their algebra (layer 1).
+
+Every kernel is affine in ε, so one table of (c1, c2, std, ᾱ) per step serves sampling and every
+objective. Tables are built in float64; all functions keep the dtype of x (float32 or float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """The coefficients of M transitions, shaped to broadcast against x [M, ...].
+
+    timestep, timestep_next: [M] integers, the model's time of x_k and x_{k+1} (0 when clean).
+    last: [M] booleans, True where x_{k+1} is the clean sample x_N.
+    """
+
+    timestep: Tensor
+    timestep_next: Tensor
+    last: Tensor
+    alpha_bar: Tensor
+    alpha_bar_next: Tensor
+    c1: Tensor
+    c2: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """All N transitions of one sampler, noisiest first.
+
+    timestep, alpha_bar: [N+1], the last entry is the clean end. c1, c2, std: [N] float64.
+    """
+
+    timestep: Tensor
+    alpha_bar: Tensor
+    c1: Tensor
+    c2: Tensor
+    std: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.std)
+
+    def at(self, step: Tensor, like: Tensor) -> Step:
+        """Coefficients of the steps `step` ([M] in 0..N-1), on the device and dtype of `like`."""
+        k = step.cpu()
+        broadcast = (-1, *([1] * (like.ndim - 1)))
+
+        def pick(values: Tensor) -> Tensor:
+            return values.to(like.device, like.dtype).reshape(broadcast)
+
+        return Step(
+            timestep=self.timestep[k].to(like.device),
+            timestep_next=self.timestep[k + 1].to(like.device),
+            last=(k + 1 == self.num_steps).to(like.device),
+            alpha_bar=pick(self.alpha_bar[k]),
+            alpha_bar_next=pick(self.alpha_bar[k + 1]),
+            c1=pick(self.c1[k]),
+            c2=pick(self.c2[k]),
+            std=pick(self.std[k]),
+        )
+
+
+def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Times [N+1] and signal levels ᾱ [N+1]; the clean end has ᾱ = alphas_cumprod[0], not 1.
+
+    Raises ValueError when a step would add no noise (its density would not exist).
+    """
+    times = torch.tensor([*timesteps, 0], dtype=torch.long)
+    alpha_bar = alphas_cumprod.double().cpu()[times]
+    if not bool((alpha_bar[1:] > alpha_bar[:-1]).all()):
+        raise ValueError(
+            f"the timesteps {list(timesteps)} must fall strictly and stay above 0: every step "
+            "needs noise"
+        )
+    return times, alpha_bar
+
+
+def ddim(alphas_cumprod: Tensor, timesteps: Sequence[int], eta: float = 1.0) -> KernelTable:
+    """DDIM(η) (Song et al. 2021, eq. 12 and 16); η = 1 is the DDPM posterior.
+
+    alphas_cumprod: [T] training signal levels. Raises ValueError unless 0 < eta <= 1.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta must be in (0, 1], got {eta}: at 0 the sampler has no density")
+    times, alpha_bar = _levels(alphas_cumprod, timesteps)
+    a, a_next = alpha_bar[:-1], alpha_bar[1:]
+    variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+    ratio = (a_next / a).sqrt()
+    return KernelTable(
+        timestep=times,
+        alpha_bar=alpha_bar,
+        c1=ratio,
+        c2=(1 - a_next - variance).clamp(min=0).sqrt() - ratio * (1 - a).sqrt(),
+        std=variance.sqrt(),
+    )
+
+
+def sde_dpm_solver(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> KernelTable:
+    """First-order SDE-DPM-Solver++ (Lu et al. 2022, eq. 18), ending at alphas_cumprod[0].
+
+    mean = (σ'/σ)·e^{-h}·x + α'(1 − e^{-2h})·x̂, std = σ'·√(1 − e^{-2h}), h = λ' − λ with
+    λ = log(α/σ); written in ε by x̂ = (x − σε)/α.
+    """
+    times, alpha_bar = _levels(alphas_cumprod, timesteps)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    lam = (alpha / sigma).log()
+    h = lam[1:] - lam[:-1]
+    toward_clean = alpha[1:] * -torch.expm1(-2 * h)
+    return KernelTable(
+        timestep=times,
+        alpha_bar=alpha_bar,
+        c1=sigma[1:] / sigma[:-1] * (-h).exp() + toward_clean / alpha[:-1],
+        c2=-toward_clean * sigma[:-1] / alpha[:-1],
+        std=sigma[1:] * (-torch.expm1(-2 * h)).sqrt(),
+    )
+
+
+def mean(x: Tensor, eps: Tensor, k: Step) -> Tensor:
+    """m(x_k) = c1·x + c2·ε, [M, ...]."""
+    return k.c1 * x + k.c2 * eps
+
+
+def predict_clean(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x̂ = (x − √(1−ᾱ)·ε)/√ᾱ, the one-step (Tweedie) prediction of the clean sample, [M, ...]."""
+    return (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+
+
+def score_next(x: Tensor, x_next: Tensor, eps: Tensor, k: Step) -> Tensor:
+    """∇_{x_{k+1}} log p(x_{k+1}|x_k) = −(x_{k+1} − m)/σ², [M, ...]."""
+    return (mean(x, eps, k) - x_next) / k.std**2
+
+
+def log_prob(x: Tensor, x_next: Tensor, eps: Tensor, k: Step) -> Tensor:
+    """log p(x_{k+1}|x_k) in nats, summed over the sample's elements, [M]."""
+    normal = torch.distributions.Normal(mean(x, eps, k), k.std.expand_as(x))
+    return normal.log_prob(x_next).flatten(1).sum(1)
+
+
+def eps_from_model_output(
+    output: Tensor, x: Tensor, alpha_bar: Tensor, prediction_type: str
+) -> Tensor:
+    """ε from a network's output: 'epsilon', 'v_prediction' (v = √ᾱ·ε − √(1−ᾱ)·x0) or 'sample' (x0).
+
+    Raises ValueError for any other type.
+    """
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return signal * output + noise * x
+    if prediction_type == "sample":
+        return (x - signal * output) / noise
+    raise ValueError(
+        f"prediction_type '{prediction_type}' is unknown: use epsilon, v_prediction or sample"
+    )

@@ -1,0 +1,1 @@
+"""Policies: what is finetuned. Foreign models are wrapped once, at this border, as ε-predictors."""

@@ -1,0 +1,50 @@
+"""g_φ for image latents: a small conditional U-Net that starts at exactly zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..types import Condition
+
+
+class UNetFlow(nn.Module):
+    """UNet2DConditionModel with a zero output layer (weight *and* bias), in float32.
+
+    widths: channels per level, the first ones with cross-attention. Raises ConfigError when the
+    sample cannot be halved that often.
+    """
+
+    def __init__(
+        self, sample_shape: tuple[int, ...], text_width: int, widths: Sequence[int], layers: int
+    ) -> None:
+        super().__init__()
+        channels, height, width = sample_shape
+        halvings = 2 ** (len(widths) - 1)
+        if height % halvings or width % halvings:
+            raise ConfigError(
+                f"config.model.flow_channel_width has {len(widths)} levels, too many for latents "
+                f"of {height}x{width}: give fewer widths"
+            )
+        self.net = UNet2DConditionModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(widths),
+            down_block_types=("CrossAttnDownBlock2D",) * (len(widths) - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(widths) - 1),
+            layers_per_block=layers,
+            cross_attention_dim=text_width,
+            norm_num_groups=math.gcd(32, *widths),
+        )
+        nn.init.zeros_(self.net.conv_out.weight)
+        nn.init.zeros_(self.net.conv_out.bias)
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """x [M, C, H, W], timestep [M] -> [M, C, H, W]."""
+        assert condition.embeds is not None
+        dtype = self.net.dtype
+        return self.net(x.to(dtype), timestep, condition.embeds.to(dtype)).sample

@@ -1,0 +1,1 @@
+"""Objectives: what is minimised. An objective sees protocols, never a diffusers class."""

@@ -1,0 +1,85 @@
+"""Find a reward by built-in name or by `package.module:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from ..config import ConfigError
+from ..types import Reward
+from . import analytic
+
+
+def _tiny_aesthetic(device: torch.device) -> Reward:
+    from .tiny import TinyAesthetic
+
+    return TinyAesthetic(device)
+
+
+def _tiny_alignment(device: torch.device) -> Reward:
+    from .tiny import TinyAlignment
+
+    return TinyAlignment(device)
+
+
+def _aesthetic(device: torch.device) -> Reward:
+    from .aesthetic import Aesthetic
+
+    return Aesthetic.load(device)
+
+
+def _not_yet(name: str) -> Callable[[torch.device], Reward]:
+    def refuse(device: torch.device) -> Reward:
+        raise ConfigError(
+            f"config.experiment.reward_fn={name!r} is not part of this release: give your own "
+            "as package.module:function, or one of " + ", ".join(AVAILABLE)
+        )
+
+    return refuse
+
+
+BUILT_IN: dict[str, Callable[[torch.device], Reward]] = {
+    "aesthetic": _aesthetic,
+    "brightness": lambda device: analytic.brightness,
+    "colourfulness": lambda device: analytic.colourfulness,
+    "contrast": lambda device: analytic.contrast,
+    "tiny-aesthetic": _tiny_aesthetic,
+    "tiny-alignment": _tiny_alignment,
+}
+AVAILABLE = tuple(BUILT_IN)
+BUILT_IN |= {name: _not_yet(name) for name in ("hpsv2", "imagereward")}
+
+
+def resolve(spec: str, device: torch.device) -> Reward:
+    """The reward named by `experiment.reward_fn`. Raises ConfigError if there is none."""
+    if spec in BUILT_IN:
+        return BUILT_IN[spec](device)
+    if ":" in spec:
+        return _import(spec)
+    near = difflib.get_close_matches(spec, AVAILABLE, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"config.experiment.reward_fn={spec!r} is unknown: did you mean {near}? "
+        "(your own: package.module:function)"
+    )
+
+
+def _import(spec: str) -> Reward:
+    """Import `package.module:function`; the current folder is on the path, as for `python -m`."""
+    module_name, _, attribute = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"config.experiment.reward_fn={spec!r} cannot be imported: {error}"
+        ) from None
+    if not callable(found):
+        raise ConfigError(f"config.experiment.reward_fn={spec!r} is not callable")
+    return found

@@ -1,0 +1,145 @@
+"""A run folder and its files (torch-free): the report and other readers need nothing else.
+
+config.json         every option as resolved        versions.json   packages and machine
+metrics.jsonl       one line per update             evaluation.json before/after figures
+grids/              fixed-seed sample grids         checkpoints/    update_000010/...
+tensorboard/  samples/  report.html
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError, flatten, merge
+
+PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
+CHANGEABLE = ("logging.", "saving.", "training.num_epochs", "training.micro_batch")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of one run, and how they are read and written."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def grids(self) -> Path:
+        return self.path / "grids"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file of the run, or None when it is not there."""
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def config(self) -> Config:
+        """The resolved settings. Raises ConfigError when this is not a run folder."""
+        if not self.exists:
+            raise ConfigError(f"{self.path} is not a run folder: it has no config.json")
+        return merge(Config(), self.read_json("config.json"))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric rows; a last line cut by a crash is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def truncate_metrics(self, updates: int) -> None:
+        """Drop rows of updates after the checkpoint that a resumed run starts from."""
+        kept = [row for row in self.metrics() if row["update"] <= updates]
+        write_atomic(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def run_folder(config: Config, exp_name: str) -> RunFolder:
+    """`output_dir/REWARD_NAME_seedS`, in characters that every file system takes."""
+    reward = config.experiment.reward_fn.replace(":", ".")
+    name = "_".join(part for part in (reward, exp_name, f"seed{config.seed}") if part)
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return RunFolder(Path(config.saving.output_dir).expanduser() / safe)
+
+
+def fresh_folder(folder: RunFolder) -> RunFolder:
+    """The first of NAME, NAME-2, NAME-3 … that holds no run."""
+    count, candidate = 1, folder
+    while candidate.exists:
+        count += 1
+        candidate = RunFolder(folder.path.with_name(f"{folder.path.name}-{count}"))
+    return candidate
+
+
+def check_same_settings(old: Config, new: Config, folder: Path) -> None:
+    """Raises ConfigError when a run would be continued with settings that change its result."""
+    before, after = flatten(old), flatten(new)
+    changed = [
+        f"{key} ({before[key]} -> {after[key]})"
+        for key in after
+        if before[key] != after[key] and not key.startswith(CHANGEABLE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} was started with other settings: {', '.join(changed)}. Give another "
+            "--exp_name, or --resume=never for a new folder"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Package versions, Python, machine and command of this process."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["python"] = platform.python_version()
+    found["platform"] = platform.platform()
+    found["command"] = " ".join(sys.argv)
+    return found

@@ -1,0 +1,61 @@
+"""Metrics to every place at once: metrics.jsonl always; TensorBoard and W&B through Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from .config import Config, flatten
+from .runfolder import RunFolder
+
+
+def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
+    """The process group, its device, and the trackers that the config asks for."""
+    trackers = [
+        name
+        for name, wanted in (
+            ("tensorboard", config.logging.tensorboard),
+            ("wandb", config.logging.use_wandb),
+        )
+        if wanted
+    ]
+    return Accelerator(
+        log_with=trackers or None,
+        project_dir=str(folder.path),
+    )
+
+
+class RunLog:
+    """Writes on the main process only."""
+
+    def __init__(self, accelerator: Accelerator, folder: RunFolder, config: Config) -> None:
+        self.accelerator = accelerator
+        self.folder = folder
+        self.config = config
+
+    def open(self) -> None:
+        """Start the trackers (creates files)."""
+        logging = self.config.logging
+        flat = {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for key, value in flatten(self.config).items()
+        }
+        wandb = {
+            "name": self.folder.path.name,
+            "dir": logging.wandb_dir or str(self.folder.path),
+            "resume": "allow",
+            "id": self.folder.path.name,
+        }
+        self.accelerator.init_trackers(
+            logging.proj_name if logging.use_wandb else "tensorboard",
+            config=flat,
+            init_kwargs={"wandb": wandb} if logging.use_wandb else {},
+        )
+
+    def write(self, update: int, row: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl and one point of every curve."""
+        if self.accelerator.is_main_process:
+            self.folder.append_metrics({"update": update, **row})
+        self.accelerator.log(dict(row), step=update)

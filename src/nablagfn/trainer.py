@@ -1,0 +1,295 @@
+"""The training loop: draw trajectories, choose transitions, minimise the objective, save.
+
+It names no objective, no model and no reward: `Policy`, `Reward` and `Objective` are protocols.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from . import distributed, pictures, runfolder
+from .checkpoint import CheckpointIO, Position
+from .collect import Collector
+from .config import Config
+from .evaluation import Evaluator, Measurement, Sample, summarise
+from .methods import build_kernel, build_objective
+from .optimizers import build_optimizer
+from .progress import Bar, StopRequest
+from .prompts import PromptSet
+from .runfolder import RunFolder
+from .runlog import RunLog, make_accelerator
+from .types import Policy, Reward, Trajectories, Transitions
+
+PER_PROMPT = 4  # pictures of each prompt in a sample grid
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `fit` returns. before, after: None without `evaluation.num_prompts` or the end."""
+
+    folder: Path
+    updates: int
+    finished: bool
+    before: Measurement | None = None
+    after: Measurement | None = None
+
+
+class Trainer:
+    """Finetunes `policy` towards p_pretrained·exp(β·reward).
+
+    prompts: what the model is asked to draw. folder: the run folder (default:
+    `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
+    critics: folder of the classifier shipped with the pretrained model, if any.
+    Raises ConfigError, before anything is written, when settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        prompts: PromptSet,
+        config: Config,
+        *,
+        folder: RunFolder | None = None,
+        accelerator: Accelerator | None = None,
+        critics: Path | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.config = config = config.model_copy(deep=True)
+        self.policy, self.reward, self.prompts = policy, reward, prompts
+        self.updates_per_epoch = config.updates_per_epoch() * config.training.num_inner_epochs
+        self.folder = folder or runfolder.run_folder(config, "")
+        if self.folder.exists:
+            runfolder.check_same_settings(self.folder.config(), config, self.folder.path)
+        self.accelerator = accelerator or make_accelerator(config, self.folder)
+        self.show = show_progress and self.accelerator.is_main_process
+        self.table = build_kernel(config, policy)
+        self.objective = build_objective(config, policy, reward, self.table)
+        self._groups = [
+            policy.parameters(),
+            [p for p in self.objective.modules.parameters() if p.requires_grad],
+        ]
+        self.optimizer = build_optimizer(config.training, *self._groups)
+        self.scaler = distributed.gradient_scaler(config, self.accelerator.device)
+        self.log = RunLog(self.accelerator, self.folder, config)
+        self.collector = Collector(
+            policy,
+            self.table,
+            prompts,
+            config,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        self.evaluator = Evaluator(
+            self.accelerator,
+            policy,
+            reward,
+            self.table,
+            batch_size=config.sampling.batch_size,
+            seed=config.evaluation.seed,
+            critics=critics,
+        )
+        self.checkpoints = CheckpointIO(
+            self.folder.checkpoints,
+            policy,
+            self.objective.modules,
+            self.optimizer,
+            self.scaler,
+            limit=config.logging.num_checkpoint_limit,
+        )
+
+    # ------------------------------------------------------------------ the run
+
+    def fit(self) -> RunResult:
+        """Train to `training.num_epochs`, continuing from the newest checkpoint if there is one.
+
+        Raises TrainingError when the loss is no longer finite.
+        """
+        position = self._open_run()
+        epochs = self.config.training.num_epochs
+        before = self._evaluate("before")
+        with (
+            StopRequest() as stop,
+            Bar(
+                "training", epochs * self.updates_per_epoch, position.update, show=self.show
+            ) as bar,
+        ):
+            while position.epoch < epochs:
+                position = self._epoch(position, bar)
+                stopping = distributed.any_process(self.accelerator, stop.requested)
+                if stopping or self._due(self.config.logging.save_freq, position.epoch):
+                    self._save(position)
+                if stopping and position.epoch < epochs:
+                    self.accelerator.end_training()
+                    return RunResult(self.folder.path, position.update, finished=False)
+        after = self._evaluate("after")
+        self.accelerator.end_training()
+        return RunResult(self.folder.path, position.update, True, before, after)
+
+    def _open_run(self) -> Position:
+        """Create or reopen the run folder; every process starts from the same position."""
+        if self.accelerator.is_main_process:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.write_json("versions.json", self._versions())
+            self.folder.write_json("config.json", self.config.model_dump(mode="json"))
+        self.accelerator.wait_for_everyone()
+        position = self.checkpoints.load_latest()
+        if self.accelerator.is_main_process:
+            self.folder.truncate_metrics(position.update)
+        self.log.open()
+        return position
+
+    def _versions(self) -> dict[str, str]:
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        processes = str(self.accelerator.num_processes)
+        return {**runfolder.versions(), "device": name, "processes": processes}
+
+    def _due(self, every: int, epoch: int) -> bool:
+        """True every `every` epochs and at the end; never for 0."""
+        return every > 0 and (epoch % every == 0 or epoch == self.config.training.num_epochs)
+
+    def _save(self, position: Position) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(position)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------ one epoch
+
+    def _epoch(self, position: Position, bar: Bar) -> Position:
+        """Draw samples with the parameters of now, update on them, log."""
+        started = time.perf_counter()
+        epoch, update = position.epoch, position.update
+        bar.note("sampling")
+        drawn = self.collector.collect(epoch)
+        rewards = self._rewards(drawn)
+        bar.note(f"reward {rewards['reward']:.3g}")
+        for inner in range(self.config.training.num_inner_epochs):
+            for batch in self.collector.batches(drawn, epoch, inner):
+                row = {**rewards, **self.update(batch)}
+                update += 1
+                self._check_finite(row, update)
+                seconds = position.seconds + time.perf_counter() - started
+                probe = {}
+                if bar.advance() == (epoch + 1) * self.updates_per_epoch:
+                    probe = self._probe(epoch + 1, bar)
+                self.log.write(
+                    update, {"epoch": epoch + 1, **row, **probe, "seconds": round(seconds, 2)}
+                )
+        return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
+
+    def _rewards(self, drawn: Trajectories) -> dict[str, float]:
+        """Mean and standard deviation of this epoch's rewards, over all processes."""
+        values = []
+        size = self.config.sampling.batch_size
+        for rows in torch.arange(len(drawn.condition)).split(size):
+            where = drawn.condition[rows]
+            with torch.no_grad():
+                images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)]).clamp(0, 1)
+                values.append(self.reward(images.float(), where.prompts, where.metadata).float())
+        reward = torch.cat(values)
+        moments = distributed.average_metrics(
+            self.accelerator, {"mean": reward.mean(), "square": reward.square().mean()}
+        )
+        variance = max(0.0, moments["square"] - moments["mean"] ** 2)
+        return {"reward": moments["mean"], "reward_std": math.sqrt(variance)}
+
+    def update(self, batch: Transitions) -> dict[str, float]:
+        """One optimizer step on the transitions of this process; returns the logged metrics.
+
+        The loss is the mean over all transitions, whatever the micro-batch.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
+        size = self.config.training.micro_batch or self.config.training.batch_size
+        for rows in torch.arange(len(batch)).split(size):
+            losses = self.objective.losses(batch[rows])
+            loss = losses.total().sum() / len(batch)
+            self.scaler.scale(loss).backward()
+            sums["loss"] += loss.detach()
+            for name, value in losses.terms.items():
+                sums[f"loss_{name}"] += value.detach().sum() / len(batch)
+            for name, value in losses.metrics.items():
+                sums[name] += value.sum() / len(batch)
+        return {**distributed.average_metrics(self.accelerator, sums), **self._step()}
+
+    def _step(self) -> dict[str, float]:
+        """Average gradients over processes, clip each group, step once."""
+        parameters = [p for group in self._groups for p in group]
+        distributed.average_gradients(self.accelerator, parameters)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.training.max_grad_norm
+        norms = [nn.utils.clip_grad_norm_(group, limit) for group in self._groups if group]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {
+            name: float(norm)
+            for name, norm in zip(("grad_norm", "grad_norm_own"), norms, strict=False)
+        }
+
+    def _check_finite(self, row: dict[str, float], update: int) -> None:
+        bad = [name for name in ("loss", "reward") if not math.isfinite(row[name])]
+        if bad:
+            raise TrainingError(
+                f"{bad[0]} is not finite at update {update}: lower config.model.reward_scale or "
+                f"config.training.lr; the checkpoints in {self.folder.checkpoints} are good"
+            )
+
+    # ------------------------------------------------------------------ looking at it
+
+    def _probe(self, epoch: int, bar: Bar) -> dict[str, float]:
+        """Fixed-seed samples every `logging.sample_freq` epochs: a grid and its figures."""
+        if not self._due(self.config.logging.sample_freq, epoch):
+            return {}
+        bar.note("drawing samples")
+        count = max(1, self.config.logging.num_samples // PER_PROMPT)
+        prompts = [p for p in self.prompts.spread(count) for _ in range(PER_PROMPT)]
+        samples = self.evaluator.samples(prompts)
+        figures = summarise(samples)
+        self._save_grid(samples, f"epoch_{epoch:05d}")
+        bar.line(
+            f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
+            + ("" if figures.recognised is None else f", recognised {figures.recognised:.0%}")
+        )
+        return {f"probe_{k}": v for k, v in figures.headline().items()}
+
+    def _save_grid(self, samples: list[Sample], name: str) -> None:
+        if self.accelerator.is_main_process:
+            images = torch.stack([sample.image for sample in samples])
+            pictures.save_grid(images, self.folder.grids / f"{name}.png", 2 * PER_PROMPT)
+
+    def _evaluate(self, name: str) -> Measurement | None:
+        """Measure 'before' (frozen model) or 'after'; kept in evaluation.json, not done twice."""
+        wanted = self.config.evaluation
+        if not wanted.num_prompts:
+            return None
+        known = self.folder.read_json("evaluation.json") or {}
+        if name == "before" and name in known:
+            return Measurement(**known[name])
+        prompts = [
+            prompt
+            for prompt in self.prompts.spread(wanted.num_prompts)
+            for _ in range(wanted.images_per_prompt)
+        ]
+        with Bar(f"measuring {name}", len(prompts), show=self.show) as bar:
+            samples = self.evaluator.samples(
+                prompts, reference=name == "before", on_done=bar.advance
+            )
+        figures = summarise(samples)
+        self._save_grid(samples, name)
+        if self.accelerator.is_main_process:
+            self.folder.write_json("evaluation.json", {**known, name: figures.as_dict()})
+        return figures

@@ -1,0 +1,176 @@
+"""Records and protocols that every other module speaks (layer 0).
+
+Shapes: M transitions, B trajectories, N denoising steps, `...` one sample (C, H, W for latents).
+The letters are those of `docs/notation.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Metadata = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch of samples is conditioned on.
+
+    prompts: one string per sample. metadata: one mapping per sample (may be empty mappings).
+    embeds: [B, L, D] encoded prompts, or None for an unconditional policy.
+    """
+
+    prompts: tuple[str, ...]
+    metadata: tuple[Metadata, ...]
+    embeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Tensor) -> Condition:
+        """The samples named by `index` ([M] integers or [B] booleans), prompts included."""
+        rows = torch.arange(len(self))[index.cpu()].tolist()
+        return Condition(
+            prompts=tuple(self.prompts[i] for i in rows),
+            metadata=tuple(self.metadata[i] for i in rows),
+            embeds=None if self.embeds is None else self.embeds[index.to(self.embeds.device)],
+        )
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Sampled paths: x [B, N+1, ...], noise to clean; eps [B, N, ...] as predicted when drawn."""
+
+    x: Tensor
+    eps: Tensor
+    condition: Condition
+
+    @property
+    def num_steps(self) -> int:
+        return self.eps.shape[1]
+
+    @property
+    def clean(self) -> Tensor:
+        """[B, ...] the final samples x_N."""
+        return self.x[:, -1]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """M pairs (x_k, x_{k+1}) with their own prompts.
+
+    x, x_next, eps_old: [M, ...]; eps_old is the prediction of the parameters θ† that drew the pair.
+    step: [M] integers k in 0..N-1.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    eps_old: Tensor
+    step: Tensor
+    condition: Condition
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def __getitem__(self, index: Tensor) -> Transitions:
+        return Transitions(
+            x=self.x[index],
+            x_next=self.x_next[index],
+            eps_old=self.eps_old[index],
+            step=self.step[index],
+            condition=self.condition[index],
+        )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective returns for M transitions.
+
+    terms: weighted loss terms by name, each [M]; their sum over names is what is minimised.
+    metrics: detached values by name, each [M], only logged.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def total(self) -> Tensor:
+        """[M] the sum of the terms."""
+        return torch.stack(list(self.terms.values())).sum(0)
+
+
+class Reward(Protocol):
+    """A differentiable score; larger is better."""
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        """images: float32 [B, 3, H, W], nominally in [0, 1]; returns [B]."""
+        ...
+
+
+class Flow(Protocol):
+    """g_φ: the learned residual of ∇ log F̃; exactly zero at initialisation."""
+
+    def __call__(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """x [M, ...], timestep [M] integers (0 = clean); returns [M, ...] in float32."""
+        ...
+
+    def parameters(self) -> Any: ...
+
+
+class Policy(Protocol):
+    """A pretrained diffusion model with a trainable adapter, seen as an ε-predictor."""
+
+    sample_shape: tuple[int, ...]
+    alphas_cumprod: Tensor
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def timesteps(self, scheduler: str, num_steps: int) -> list[int]:
+        """The training timesteps of `num_steps` steps of that sampler, noisiest first."""
+        ...
+
+    def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Condition: ...
+
+    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Guided ε-prediction in float32 (or float64 for float64 x); x [M, ...], timestep [M]."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it the adapter is off: `eps` is the frozen pretrained model's."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Clean samples to images [M, 3, H, W], nominally [0, 1], not clamped; differentiable."""
+        ...
+
+    def make_flow(self, widths: Sequence[int], layers_per_block: int, seed: int) -> nn.Module:
+        """A new g_φ for this policy's samples, exactly zero at start."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters θ (the adapter's)."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter so that other software can load it."""
+        ...
+
+
+class Objective(Protocol):
+    """Turns transitions into losses. It may own modules that are trained beside the policy."""
+
+    modules: nn.ModuleDict
+
+    def losses(self, batch: Transitions) -> Losses: ...

@@ -1,0 +1,45 @@
+"""The seam between the matching loss and the ways to estimate ∇ log F̃ (layer 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .kernels import Step
+from .types import Transitions
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """M transitions with both models evaluated at x_k, once, for the loss and the estimator.
+
+    x: [M, ...] x_k; requires grad when the estimator asked for it (`needs_input_graph`).
+    eps: [M, ...] ε_θ(x_k) with its graph. eps_ref: [M, ...] ε_#(x_k); its graph reaches x only.
+    """
+
+    batch: Transitions
+    k: Step
+    x: Tensor
+    eps: Tensor
+    eps_ref: Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """v̂(x_{k+1}) ≈ ∇ log F̃(x_{k+1}), [M, ...]; terms: the estimator's weighted losses, each [M]."""
+
+    value_gradient: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Estimator(Protocol):
+    """A way to estimate the value gradient; it owns what it learns (`modules`)."""
+
+    needs_input_graph: bool
+    modules: nn.ModuleDict
+
+    def __call__(self, here: Evaluated) -> Estimate: ...
