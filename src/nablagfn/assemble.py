@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from . import pictures, rewards
 from .checkpoint import checkpoints, load_policy
@@ -80,7 +80,7 @@ def side_by_side(
             + (", ".join(found) or "none")
         )
     name = checkpoint or max(found)
-    policy = build_policy(config, Accelerator().device)
+    policy = build_policy(config, PartialState().device)
     load_policy(policy, found[name])
     table = build_kernel(config, policy)
     wanted = list(prompts) or list(load_prompts(config.experiment.prompt_fn).spread(4))

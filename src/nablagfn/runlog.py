@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from .config import Config, flatten
@@ -22,6 +23,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
         if wanted
     ]
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several CPU processes would not connect
         log_with=trackers or None,
         project_dir=str(folder.path),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from ..config import ConfigError
@@ -61,19 +63,33 @@ def check_hub(name: str, revision: str) -> None:
         return
     except (LocalEntryNotFoundError, EntryNotFoundError):
         pass
+    reason = "the hub cannot be reached"
+    if hub_answers():
+        try:
+            hf_hub_download(name, "model_index.json", revision=revision)
+            return
+        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+            reason = f"the hub does not give it ({type(error).__name__})"
+    raise ConfigError(
+        f"config.pretrained.model={name!r} is not on this machine and {reason}: "
+        + HELP.format(name=name)
+    )
+
+
+def hub_answers() -> bool:
+    """One short request, without the hub client's half-minute of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        hf_hub_download(name, "model_index.json", revision=revision, etag_timeout=5)
-    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
-        reason = "the hub cannot be reached" if _offline(error) else "the hub does not have it"
-        raise ConfigError(
-            f"config.pretrained.model={name!r} is not on this machine and {reason}: "
-            + HELP.format(name=name)
-        ) from None
-
-
-def _offline(error: Exception) -> bool:
-    response = getattr(error, "response", None)
-    return response is None
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a kind one
+    except OSError:
+        return False
+    return True
 
 
 def critics_of(name: str) -> Path | None:

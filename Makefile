@@ -1,0 +1,43 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export HF_HUB_DISABLE_TELEMETRY := 1
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test check lint proofs docs tiny-animals setup clean
+
+demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
+	$(BIN)/nablagfn train --config=demo
+
+test: $(READY)  ## the test suite (minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: $(READY)  ## style, complexity, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## everything CI checks
+
+proofs: $(READY)  ## slow proofs and the figures of docs/ (longer than CI may take)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m proof
+
+docs: $(READY)  ## regenerate docs/options.md
+	$(BIN)/python tools/make_options_doc.py
+
+tiny-animals: $(READY)  ## rebuild the embedded model from the pictures (an hour or more on two cores)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tiny-animals]'
+	$(BIN)/python -m tools.tiny_animals
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
