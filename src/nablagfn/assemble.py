@@ -42,7 +42,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     prompts = load_prompts(config.experiment.prompt_fn)
     accelerator = make_accelerator(config, folder)
     set_backend_flags(config)
-    reward = rewards.resolve(config.experiment.reward_fn, accelerator.device)
+    reward = rewards.resolve(config.experiment.reward_fn, accelerator.device, config.reward.weights)
     return Trainer(
         build_policy(config, accelerator.device),
         reward,

@@ -125,6 +125,12 @@ class Experiment(Group):
     )
 
 
+class RewardSettings(Group):
+    """Where the reward finds its weights."""
+
+    weights: str = Field("", description="folder with the reward's weights; empty: the hub")
+
+
 class Sampling(Group):
     """How trajectories are drawn."""
 
@@ -193,6 +199,7 @@ class Config(Group):
     training: Training = Field(default_factory=Training)
     model: Model = Field(default_factory=Model)
     experiment: Experiment = Field(default_factory=Experiment)
+    reward: RewardSettings = Field(default_factory=RewardSettings)
     sampling: Sampling = Field(default_factory=Sampling)
     pretrained: Pretrained = Field(default_factory=Pretrained)
     evaluation: Evaluation = Field(default_factory=Evaluation)

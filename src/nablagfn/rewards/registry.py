@@ -14,27 +14,29 @@ from ..config import ConfigError
 from ..types import Reward
 from . import analytic
 
+Loader = Callable[[torch.device, str], Reward]
 
-def _tiny_aesthetic(device: torch.device) -> Reward:
+
+def _tiny_aesthetic(device: torch.device, weights: str) -> Reward:
     from .tiny import TinyAesthetic
 
     return TinyAesthetic(device)
 
 
-def _tiny_alignment(device: torch.device) -> Reward:
+def _tiny_alignment(device: torch.device, weights: str) -> Reward:
     from .tiny import TinyAlignment
 
     return TinyAlignment(device)
 
 
-def _aesthetic(device: torch.device) -> Reward:
+def _aesthetic(device: torch.device, weights: str) -> Reward:
     from .aesthetic import Aesthetic
 
-    return Aesthetic.load(device)
+    return Aesthetic.load(device, weights)
 
 
-def _not_yet(name: str) -> Callable[[torch.device], Reward]:
-    def refuse(device: torch.device) -> Reward:
+def _not_yet(name: str) -> Loader:
+    def refuse(device: torch.device, weights: str) -> Reward:
         raise ConfigError(
             f"config.experiment.reward_fn={name!r} is not part of this release: give your own "
             "as package.module:function, or one of " + ", ".join(AVAILABLE)
@@ -43,11 +45,11 @@ def _not_yet(name: str) -> Callable[[torch.device], Reward]:
     return refuse
 
 
-BUILT_IN: dict[str, Callable[[torch.device], Reward]] = {
+BUILT_IN: dict[str, Loader] = {
     "aesthetic": _aesthetic,
-    "brightness": lambda device: analytic.brightness,
-    "colourfulness": lambda device: analytic.colourfulness,
-    "contrast": lambda device: analytic.contrast,
+    "brightness": lambda device, weights: analytic.brightness,
+    "colourfulness": lambda device, weights: analytic.colourfulness,
+    "contrast": lambda device, weights: analytic.contrast,
     "tiny-aesthetic": _tiny_aesthetic,
     "tiny-alignment": _tiny_alignment,
 }
@@ -55,10 +57,13 @@ AVAILABLE = tuple(BUILT_IN)
 BUILT_IN |= {name: _not_yet(name) for name in ("hpsv2", "imagereward")}
 
 
-def resolve(spec: str, device: torch.device) -> Reward:
-    """The reward named by `experiment.reward_fn`. Raises ConfigError if there is none."""
+def resolve(spec: str, device: torch.device, weights: str = "") -> Reward:
+    """The reward named by `experiment.reward_fn`; `weights`: a folder instead of the hub.
+
+    Raises ConfigError, one line, when there is no such reward or its weights are missing.
+    """
     if spec in BUILT_IN:
-        return BUILT_IN[spec](device)
+        return BUILT_IN[spec](device, weights)
     if ":" in spec:
         return _import(spec)
     near = difflib.get_close_matches(spec, AVAILABLE, n=1, cutoff=0.0)[0]
