@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from . import pictures, rewards
 from .checkpoint import checkpoints, load_policy
 from .config import Config, ConfigError
-from .distributed import weight_dtype
+from .distributed import from_main_process, process_state, weight_dtype
 from .evaluation import draw
 from .methods import build_kernel
 from .models.locate import critics_of, locate
@@ -40,6 +39,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     """Check and load everything in the order of cost: names first, weights last."""
     locate(config.pretrained.model, config.pretrained.revision)
     prompts = load_prompts(config.experiment.prompt_fn)
+    folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
     set_backend_flags(config)
     reward = rewards.resolve(config.experiment.reward_fn, accelerator.device, config.reward.weights)
@@ -80,7 +80,7 @@ def side_by_side(
             + (", ".join(found) or "none")
         )
     name = checkpoint or max(found)
-    policy = build_policy(config, PartialState().device)
+    policy = build_policy(config, process_state().device)
     load_policy(policy, found[name])
     table = build_kernel(config, policy)
     wanted = list(prompts) or list(load_prompts(config.experiment.prompt_fn).spread(4))

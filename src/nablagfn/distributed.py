@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .config import Config
+
+T = TypeVar("T")
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -29,6 +33,20 @@ def gradient_scaler(config: Config, device: torch.device) -> torch.amp.GradScale
         enabled=device.type == "cuda" and config.training.mixed_precision == "fp16",
         growth_interval=config.training.gradscaler_growth_interval,
     )
+
+
+def process_state() -> PartialState:
+    """This process among its peers; joins them on first use."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def from_main_process(value: T) -> T:
+    """The first process's `value`, on every process."""
+    if process_state().num_processes == 1:
+        return value
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
