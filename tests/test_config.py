@@ -487,10 +487,8 @@ json_values = st.recursive(
 def test_any_json_gives_prompts_or_one_line(tmp_path: Path, value: object) -> None:
     path = tmp_path / "fuzz.json"
     path.write_text(json.dumps(value), encoding="utf-8")
-    good = (
-        isinstance(value, list) and value and all(isinstance(p, str) and p.strip() for p in value)
-    )
-    if good:
+    entries = value if isinstance(value, list) else []
+    if entries and all(isinstance(p, str) and p.strip() for p in entries):
         assert read_prompts(path) == tuple(p.strip() for p in entries)
     else:
         error_line(lambda: read_prompts(path))
