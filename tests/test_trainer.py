@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,6 @@ VALUES = [
     ("sampling.scheduler", "ddim"),
     ("sampling.scheduler", "ddpm"),
     ("sampling.scheduler", "dpm-solver"),
-    ("sampling.eta", 0.5),
     ("sampling.guidance_scale", 1.0),
     ("sampling.low_var_subsampling", False),
     ("model.timestep_fraction", 1.0),
@@ -107,6 +105,13 @@ def test_every_option_value_trains(key: str, value: object, tmp_path: Path) -> N
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_eta_below_one_trains_with_ddim_and_is_refused_elsewhere(tmp_path: Path) -> None:
+    options = {"sampling.scheduler": "ddim", "sampling.eta": 0.5}
+    assert make_trainer(small_config(tmp_path, **options)).fit().finished
+    with pytest.raises(ConfigError, match=r"sampling\.eta"):
+        make_trainer(small_config(tmp_path, **{"sampling.eta": 0.5}))
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_every_prediction_type_trains(prediction_type: str, tmp_path: Path) -> None:
     trainer = make_trainer(small_config(tmp_path), prediction_type)
@@ -123,7 +128,7 @@ def test_settings_that_change_the_result_are_refused_on_resume(tmp_path: Path) -
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
     make_trainer(small_config(tmp_path)).fit()
-    folder = RunFolder(tmp_path / "aesthetic_seed0")
+    folder = RunFolder(tmp_path / "colourfulness_seed0")
     before = folder.metrics_file.read_bytes()
     assert make_trainer(small_config(tmp_path)).fit().updates == 4
     assert folder.metrics_file.read_bytes() == before
@@ -150,9 +155,9 @@ def test_wandb_works_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     config = small_config(tmp_path, **{"logging.use_wandb": True, "logging.tensorboard": True})
     make_trainer(config).fit()
-    run = tmp_path / "aesthetic_seed0"
+    run = tmp_path / "colourfulness_seed0"
     assert list((run / "wandb").glob("offline-run-*"))
-    assert any("tfevents" in name for _, _, files in os.walk(run) for name in files)
+    assert list((run / "tensorboard").rglob("*tfevents*"))
 
 
 def test_measuring_before_equals_the_frozen_model_and_grids_are_written(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from .evaluation import draw
 from .methods import build_kernel
 from .models.locate import critics_of, locate
 from .models.stable_diffusion import StableDiffusionPolicy
-from .prompts import load_prompts
+from .prompts import PromptSet, load_prompts
 from .runfolder import RunFolder
 from .runlog import make_accelerator
 from .trainer import Trainer
@@ -83,7 +83,7 @@ def side_by_side(
     policy = build_policy(config, process_state().device)
     load_policy(policy, found[name])
     table = build_kernel(config, policy)
-    wanted = list(prompts) or list(load_prompts(config.experiment.prompt_fn).spread(4))
+    wanted = list(prompts) or list(PromptSet(tuple(folder.read_json("prompts.json"))).spread(4))
     rows = []
     for prompt in wanted:
         repeated = [prompt] * len(seeds)

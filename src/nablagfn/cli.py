@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .config import Config, ConfigError, describe
+from .config import Config, ConfigError, describe, set_option
 from .options import apply_overrides, load_config, packaged
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def resolve_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Config
     config = load_config(arguments.config) if arguments.config else Config()
     apply_overrides(config, rest)
     if arguments.seed is not None:
-        config = config.model_copy(update={"seed": arguments.seed})
-    config.updates_per_epoch()
+        set_option(config, "seed", arguments.seed)
+    config.check()
     return config
 
 

@@ -7,19 +7,26 @@ The names are those of the original `config/*.py` files; the defaults are the pa
 from __future__ import annotations
 
 import difflib
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line that names the key and the fix."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # whatever it quotes, one line
+
 
 class Group(BaseModel):
     """Base of all groups: unknown keys are refused, assignments are checked."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def _lower(value: Any) -> Any:
@@ -103,7 +110,7 @@ class Model(Group):
         "squared", description="γ, trust in the reward guess: squared (ᾱ) or sqrt (√ᾱ)"
     )
     flow_layers_per_block: int = Field(1, ge=1, description="layers per block of g_φ")
-    flow_channel_width: tuple[int, ...] = Field(
+    flow_channel_width: tuple[PositiveInt, ...] = Field(
         (64, 128, 256, 256), min_length=2, description="channel widths of g_φ"
     )
 
@@ -183,7 +190,11 @@ class Logging(Group):
     save_freq: int = Field(5, ge=1, description="epochs between checkpoints")
     num_checkpoint_limit: int = Field(5, ge=1, description="checkpoints kept")
     sample_freq: int = Field(5, ge=0, description="epochs between sample grids; 0: none")
-    num_samples: int = Field(16, ge=1, description="pictures in a sample grid")
+    num_samples: int = Field(
+        16,
+        ge=1,
+        description="pictures in a sample grid: four of each prompt (rounded down, at least 4)",
+    )
 
 
 class Saving(Group):
@@ -205,6 +216,15 @@ class Config(Group):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     logging: Logging = Field(default_factory=Logging)
     saving: Saving = Field(default_factory=Saving)
+
+    def check(self) -> None:
+        """Raises ConfigError when settings contradict each other."""
+        self.updates_per_epoch()
+        if self.sampling.eta != 1 and self.sampling.scheduler != "ddim":
+            raise ConfigError(
+                f"config.sampling.eta={self.sampling.eta} has a meaning for "
+                "config.sampling.scheduler=ddim only"
+            )
 
     def updates_per_epoch(self) -> int:
         """Optimizer updates per inner epoch. Raises ConfigError when the batches do not divide."""
@@ -252,6 +272,12 @@ REMOVED = {
 }
 
 
+def find_file(name: str) -> Path | None:
+    """The file `name` (~ expanded), or None; never raises, however odd the name."""
+    expanded = os.path.expanduser(name)
+    return Path(expanded) if os.path.isfile(expanded) else None
+
+
 def set_option(config: Config, key: str, value: Any) -> None:
     """Set one dotted option; strings are parsed by the option's type.
 
@@ -283,5 +309,5 @@ def merge(config: Config, values: dict[str, Any], prefix: str = "") -> Config:
         if isinstance(value, dict):
             merge(config, value, f"{prefix}{name}.")
         else:
-            set_option(config, prefix + name, value)
+            set_option(config, f"{prefix}{name}", value)
     return config

@@ -57,7 +57,7 @@ def guess(
     condition: Condition,
     mode: Attenuation,
 ) -> Tensor:
-    """β·γ·∇_x r(decode(x̂_θ(x))) at x = x_{k+1}, detached, [M, ...] (Liu et al. 2025, §3.4).
+    """β·γ·∇_x r(decode(x̂_θ(x))) at x = x_{k+1}, detached, [M, ...] (Liu et al. 2025).
 
     At the clean end x̂ is x itself and γ = 1.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from . import kernels
 from .config import Config, ConfigError
 from .estimators.guess import Guess
@@ -31,6 +33,11 @@ def build_objective(
     config: Config, policy: Policy, reward: Reward, table: KernelTable
 ) -> Objective:
     """The objective of `experiment.method`."""
+    return METHODS[config.experiment.method](config, policy, reward, table)
+
+
+def _nabla_db(config: Config, policy: Policy, reward: Reward, table: KernelTable) -> Objective:
+    """Residual ∇-DB; with `model.no_flow` the guess alone."""
     m = config.model
     log_reward = LogReward(policy, reward, m.reward_scale)
     estimator: Estimator
@@ -48,3 +55,8 @@ def build_objective(
     return MatchingObjective(
         policy, table, estimator, strength=m.pretrained_strength, trust=m.unet_reg_scale
     )
+
+
+METHODS: dict[str, Callable[[Config, Policy, Reward, KernelTable], Objective]] = {
+    "nabla-db": _nabla_db,
+}

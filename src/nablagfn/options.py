@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import configs
-from .config import Config, ConfigError, flatten, merge, set_option
+from .config import Config, ConfigError, find_file, flatten, merge, set_option
 
 PREFIX = "--config."
 
@@ -27,9 +27,10 @@ def load_config(spec: str) -> Config:
     `config/NAME.py` means the packaged NAME where there is no such file. A file may return a
     `Config`, a nested dict, or an ml_collections ConfigDict. Raises ConfigError, one line.
     """
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return _call(_module_of(path), spec)
+    file = find_file(spec)
+    if file is not None:
+        return _call(_module_of(file), spec)
+    path = Path(spec)
     if path.stem in packaged() and str(path.parent) in (".", "config"):
         return _call(importlib.import_module(f"{configs.__name__}.{path.stem}"), spec)
     near = difflib.get_close_matches(path.stem, packaged(), n=1, cutoff=0.0)[0]
@@ -53,9 +54,12 @@ def _module_of(path: Path) -> Any:
 
 def _call(module: Any, spec: str) -> Config:
     function = getattr(module, "get_config", None)
-    if function is None:
+    if not callable(function):
         raise ConfigError(f"--config={spec}: the file must define get_config()")
-    value = function()
+    try:
+        value = function()
+    except Exception as error:  # a user's function may raise anything
+        raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from None
     if isinstance(value, Config):
         return value
     if hasattr(value, "to_dict"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-from .config import ConfigError
+from .config import ConfigError, find_file
 
 ASSETS = Path(__file__).parent / "assets"
 BUILT_IN = {"simple_animals": ASSETS / "prompts" / "simple_animals.txt"}
+
+NOT_SHIPPED = ("drawbench", "hpd_photo_painting")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Raises ConfigError, one line, when the file cannot be read as such.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         rows = _PARSERS[path.suffix.lower()](text)
     except KeyError:
         raise ConfigError(f"prompt file {path}: use a .txt, .json or .csv file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ConfigError(f"prompt file {path}: cannot be read ({error})") from None
     if not rows or not all(isinstance(row, str) and row.strip() for row in rows):
         raise ConfigError(f"prompt file {path}: every entry must be a non-empty string")
@@ -69,7 +72,7 @@ def _from_json(text: str) -> Sequence[str]:
 
 
 def _from_csv(text: str) -> Sequence[str]:
-    rows = [row for row in csv.reader(text.splitlines()) if row]
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]
@@ -87,11 +90,16 @@ def load_prompts(spec: str) -> PromptSet:
     """The prompt set named by `experiment.prompt_fn`: a built-in name or a file."""
     if spec in BUILT_IN:
         return PromptSet(read_prompts(BUILT_IN[spec]))
-    path = Path(spec).expanduser()
-    if path.suffix.lower() in _PARSERS or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"config.experiment.prompt_fn={spec!r}: no such file")
+    path = find_file(spec)
+    if path is not None:
         return PromptSet(read_prompts(path))
+    if spec.lower().endswith(tuple(_PARSERS)):
+        raise ConfigError(f"config.experiment.prompt_fn={spec!r}: no such file")
+    if spec in NOT_SHIPPED:
+        raise ConfigError(
+            f"config.experiment.prompt_fn={spec!r}: this list is not shipped; give its prompts as "
+            "a .txt, .json or .csv file"
+        )
     near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"config.experiment.prompt_fn={spec!r} is unknown: did you mean {near}? "

@@ -1,5 +1,6 @@
 """A run folder and its files (torch-free): the report and other readers need nothing else.
 
+prompts.json        the prompt set
 config.json         every option as resolved        versions.json   packages and machine
 metrics.jsonl       one line per update             evaluation.json before/after figures
 grids/              fixed-seed sample grids         checkpoints/    update_000010/...
@@ -22,7 +23,13 @@ from typing import Any
 from .config import Config, ConfigError, flatten, merge
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
-CHANGEABLE = ("logging.", "saving.", "training.num_epochs", "training.micro_batch")
+CHANGEABLE = (
+    "logging.",
+    "saving.",
+    "reward.weights",
+    "training.num_epochs",
+    "training.micro_batch",
+)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from .config import Config, flatten
 from .runfolder import RunFolder
@@ -25,7 +28,9 @@ def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several CPU processes would not connect
         log_with=trackers or None,
-        project_dir=str(folder.path),
+        project_config=ProjectConfiguration(
+            project_dir=str(folder.path), logging_dir=str(folder.path / "tensorboard")
+        ),
     )
 
 
@@ -44,14 +49,15 @@ class RunLog:
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
             for key, value in flatten(self.config).items()
         }
+        place = str(self.folder.path.resolve())
         wandb = {
             "name": self.folder.path.name,
             "dir": logging.wandb_dir or str(self.folder.path),
             "resume": "allow",
-            "id": self.folder.path.name,
+            "id": hashlib.blake2b(place.encode(), digest_size=8).hexdigest(),
         }
         self.accelerator.init_trackers(
-            logging.proj_name if logging.use_wandb else "tensorboard",
+            logging.proj_name,
             config=flat,
             init_kwargs={"wandb": wandb} if logging.use_wandb else {},
         )
@@ -59,5 +65,9 @@ class RunLog:
     def write(self, update: int, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl and one point of every curve."""
         if self.accelerator.is_main_process:
-            self.folder.append_metrics({"update": update, **row})
+            finite = {  # strict JSON has no infinity (a skipped fp16 step has such a gradient)
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in row.items()
+            }
+            self.folder.append_metrics({"update": update, **finite})
         self.accelerator.log(dict(row), step=update)

@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from . import distributed, pictures, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
-from .config import Config
+from .config import Config, set_option
 from .evaluation import Evaluator, Measurement, Sample, summarise
 from .methods import build_kernel, build_objective
 from .optimizers import build_optimizer
-from .progress import Bar, StopRequest
+from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
 from .types import Policy, Reward, Trajectories, Transitions
 
 PER_PROMPT = 4  # pictures of each prompt in a sample grid
+
+
+def name_of(reward: Reward) -> str:
+    """A resolved reward's own name, or where another callable can be imported from."""
+    place = reward if hasattr(reward, "__qualname__") else type(reward)
+    return getattr(reward, "name", f"{place.__module__}:{place.__qualname__}")
 
 
 class TrainingError(RuntimeError):
@@ -68,6 +74,9 @@ class Trainer:
         show_progress: bool = True,
     ) -> None:
         self.config = config = config.model_copy(deep=True)
+        for key, value in {**policy.settings(), "experiment.reward_fn": name_of(reward)}.items():
+            set_option(config, key, value)  # what was passed in is what is recorded
+        config.check()
         self.policy, self.reward, self.prompts = policy, reward, prompts
         self.updates_per_epoch = config.updates_per_epoch() * config.training.num_inner_epochs
         self.folder = folder or runfolder.run_folder(config, "")
@@ -143,12 +152,18 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.write_json("versions.json", self._versions())
+            self.folder.write_json("prompts.json", list(self.prompts.prompts))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()
         if self.accelerator.is_main_process:
             self.folder.truncate_metrics(position.update)
         self.log.open()
+        if self.show and self.config.model.unet_reg_scale and self.updates_per_epoch == 1:
+            console.print(
+                "note: model.unet_reg_scale has no effect with one update per epoch, because the "
+                "samples are drawn by the very parameters that are updated"
+            )
         return position
 
     def _versions(self) -> dict[str, str]:
@@ -241,11 +256,15 @@ class Trainer:
         }
 
     def _check_finite(self, row: dict[str, float], update: int) -> None:
-        bad = [name for name in ("loss", "reward") if not math.isfinite(row[name])]
-        if bad:
+        if not math.isfinite(row["reward"]):
             raise TrainingError(
-                f"{bad[0]} is not finite at update {update}: lower config.model.reward_scale or "
-                f"config.training.lr; the checkpoints in {self.folder.checkpoints} are good"
+                f"the reward is not finite at update {update}: check the reward function; earlier "
+                f"checkpoints, if any, are in {self.folder.checkpoints}"
+            )
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(
+                f"the loss is not finite at update {update}: lower config.model.reward_scale or "
+                f"config.training.lr; earlier checkpoints, if any, are in {self.folder.checkpoints}"
             )
 
     # ------------------------------------------------------------------ looking at it

@@ -155,6 +155,10 @@ class Policy(Protocol):
         """A new g_φ for this policy's samples, exactly zero at start."""
         ...
 
+    def settings(self) -> dict[str, Any]:
+        """The options (dotted names) that this policy was built with, for the run's records."""
+        ...
+
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters θ (the adapter's)."""
         ...

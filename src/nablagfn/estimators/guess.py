@@ -1,4 +1,4 @@
-"""`no_flow`: the forward-looking guess alone, v̂ = β·γ·∇r(x̂_θ(x_{k+1})) (Liu et al. 2025, §3.4)."""
+"""`no_flow`: the forward-looking guess alone, v̂ = β·γ·∇r(x̂_θ(x_{k+1})) (Liu et al. 2025)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -63,7 +64,7 @@ class StableDiffusionPolicy:
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. seed: of the LoRA's gaussian initialisation. The LoRA is float32
-    whatever the dtype of the frozen weights.
+    whatever the dtype of the frozen weights. name: hub name or folder, for the run's records.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class StableDiffusionPolicy:
         lora_rank: int = 8,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        name: str = "",
     ) -> None:
         self.pipeline = pipeline
+        self.name = name or str(pipeline.name_or_path or "unnamed")
         self.unet = pipeline.unet
         self.vae = pipeline.vae
         self.guidance_scale = guidance_scale
@@ -117,6 +120,7 @@ class StableDiffusionPolicy:
             lora_rank=lora_rank,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
+            name=model,
         )
 
     def _add_lora(self, rank: int, seed: int) -> None:
@@ -174,11 +178,11 @@ class StableDiffusionPolicy:
             )
             with torch.no_grad():
                 embeds = self.pipeline.text_encoder(tokens.input_ids.to(self.device))[0]
-            self._embeds.update(zip(missing, embeds, strict=True))
+            self._embeds.update(zip(missing, embeds.cpu(), strict=True))
         return Condition(
             prompts=tuple(prompts),
             metadata=tuple(metadata) or tuple({} for _ in prompts),
-            embeds=torch.stack([self._embeds[p] for p in prompts]),
+            embeds=torch.stack([self._embeds[p] for p in prompts]).to(self.device),
         )
 
     def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -186,7 +190,7 @@ class StableDiffusionPolicy:
         assert condition.embeds is not None
         if self.guidance_scale == 1.0:
             return self._eps(x, timestep, condition.embeds)
-        empty = self._embeds[""].expand_as(condition.embeds)
+        empty = self._embeds[""].to(self.device).expand_as(condition.embeds)
         both = self._eps(
             torch.cat([x, x]),
             torch.cat([timestep, timestep]),
@@ -224,6 +228,14 @@ class StableDiffusionPolicy:
             torch.manual_seed(rng.seed_of(seed, "flow"))
             flow = UNetFlow(self.sample_shape, text_width, widths, layers_per_block)
         return flow.to(self.device)
+
+    def settings(self) -> dict[str, Any]:
+        """Model, guidance and rank as they are, whatever a config says."""
+        return {
+            "pretrained.model": self.name,
+            "sampling.guidance_scale": self.guidance_scale,
+            "model.lora_rank": self.unet.peft_config[ADAPTER].r,
+        }
 
     def parameters(self) -> list[nn.Parameter]:
         """θ: the LoRA's matrices."""

@@ -2,7 +2,7 @@
 
     loss = ‖ ∇ log P̃(x_{k+1}|x_k) − v̂(x_{k+1}) ‖² + λ ‖ε_θ − ε_θ†‖² + the estimator's own loss
 
-(the forward condition of residual ∇-DB, Liu et al. 2025, eq. 12, with the estimator left open).
+(the forward condition of residual ∇-DB, Liu et al. 2025, with the estimator left open).
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def build(folder: RunFolder) -> Path:
         settings=[(k, v, v != defaults[k]) for k, v in flatten(config).items()],
         versions=folder.read_json("versions.json") or {},
         updates=rows[-1]["update"] if rows else 0,
+        checkpoint=max((p.name for p in folder.checkpoints.glob("update_*")), default=""),
         minutes=rows[-1]["seconds"] / 60 if rows else 0.0,
     )
     write_atomic(folder.report, html)

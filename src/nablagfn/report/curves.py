@@ -39,14 +39,16 @@ PANELS = (
 
 def draw(curve: Curve, rows: Rows) -> str:
     """An <svg> of one metric against updates; empty when the run has no such metric."""
-    points = [(row["update"], row[curve.metric]) for row in rows if curve.metric in row]
+    points = [
+        (row["update"], row[curve.metric]) for row in rows if row.get(curve.metric) is not None
+    ]
     if not points:
         return ""
     updates, values = zip(*points, strict=True)
     figure, axes = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
     axes.plot(updates, values, color="#2456a6", marker="o" if len(points) < 12 else "", ms=3)
     if curve.spread:
-        spread = [row[curve.spread] for row in rows if curve.metric in row]
+        spread = [row[curve.spread] for row in rows]
         low = [v - s for v, s in zip(values, spread, strict=True)]
         high = [v + s for v, s in zip(values, spread, strict=True)]
         axes.fill_between(updates, low, high, color="#2456a6", alpha=0.15, lw=0)

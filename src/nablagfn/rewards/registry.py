@@ -6,12 +6,14 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config import ConfigError
-from ..types import Reward
+from ..types import Metadata, Reward
 from . import analytic
 
 Loader = Callable[[torch.device, str], Reward]
@@ -57,15 +59,29 @@ AVAILABLE = tuple(BUILT_IN)
 BUILT_IN |= {name: _not_yet(name) for name in ("hpsv2", "imagereward")}
 
 
-def resolve(spec: str, device: torch.device, weights: str = "") -> Reward:
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward that knows the `experiment.reward_fn` that it was found by, for a run's records."""
+
+    name: str
+    function: Reward
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        """images [B, 3, H, W] -> [B]."""
+        return self.function(images, prompts, metadata)
+
+
+def resolve(spec: str, device: torch.device, weights: str = "") -> NamedReward:
     """The reward named by `experiment.reward_fn`; `weights`: a folder instead of the hub.
 
     Raises ConfigError, one line, when there is no such reward or its weights are missing.
     """
     if spec in BUILT_IN:
-        return BUILT_IN[spec](device, weights)
+        return NamedReward(spec, BUILT_IN[spec](device, weights))
     if ":" in spec:
-        return _import(spec)
+        return NamedReward(spec, _import(spec))
     near = difflib.get_close_matches(spec, AVAILABLE, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"config.experiment.reward_fn={spec!r} is unknown: did you mean {near}? "
