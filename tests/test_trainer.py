@@ -170,7 +170,7 @@ def test_measuring_before_equals_the_frozen_model_and_grids_are_written(tmp_path
     trainer = make_trainer(small_config(tmp_path, **options))
     result = trainer.fit()
     assert result.before is not None and result.after is not None
-    again = trainer.evaluator.samples(
+    again = trainer.observer.evaluator.samples(
         [p for p in PROMPTS.spread(2) for _ in range(2)], reference=True
     )
     mean = sum(sample.reward for sample in again) / len(again)

@@ -15,20 +15,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import distributed, pictures, runfolder
+from . import distributed, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
 from .config import Config, set_option
-from .evaluation import Evaluator, Measurement, Sample, summarise
+from .evaluation import Evaluator, Measurement
 from .methods import build_kernel, build_objective
+from .observe import Observer
 from .optimizers import build_optimizer
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
 from .types import Policy, Reward, Trajectories, Transitions
-
-PER_PROMPT = 4  # pictures of each prompt in a sample grid
 
 
 def name_of(reward: Reward) -> str:
@@ -101,7 +100,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.evaluator = Evaluator(
+        evaluator = Evaluator(
             self.accelerator,
             policy,
             reward,
@@ -110,6 +109,7 @@ class Trainer:
             seed=config.evaluation.seed,
             critics=critics,
         )
+        self.observer = Observer(evaluator, self.folder, prompts, config, show=self.show)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
@@ -128,7 +128,7 @@ class Trainer:
         """
         position = self._open_run()
         epochs = self.config.training.num_epochs
-        before = self._evaluate("before")
+        before = self.observer.before()
         with (
             StopRequest() as stop,
             Bar(
@@ -143,7 +143,7 @@ class Trainer:
                 if stopping and position.epoch < epochs:
                     self.accelerator.end_training()
                     return RunResult(self.folder.path, position.update, finished=False)
-        after = self._evaluate("after")
+        after = self.observer.after(position.update)
         self.accelerator.end_training()
         return RunResult(self.folder.path, position.update, True, before, after)
 
@@ -199,8 +199,9 @@ class Trainer:
                 self._check_finite(row, update)
                 seconds = position.seconds + time.perf_counter() - started
                 probe = {}
-                if bar.advance() == (epoch + 1) * self.updates_per_epoch:
-                    probe = self._probe(epoch + 1, bar)
+                ended = bar.advance() == (epoch + 1) * self.updates_per_epoch
+                if ended and self._due(self.config.logging.sample_freq, epoch + 1):
+                    probe = self.observer.probe(epoch + 1, bar)
                 self.log.write(
                     update, {"epoch": epoch + 1, **row, **probe, "seconds": round(seconds, 2)}
                 )
@@ -266,49 +267,3 @@ class Trainer:
                 f"the loss is not finite at update {update}: lower config.model.reward_scale or "
                 f"config.training.lr; earlier checkpoints, if any, are in {self.folder.checkpoints}"
             )
-
-    # ------------------------------------------------------------------ looking at it
-
-    def _probe(self, epoch: int, bar: Bar) -> dict[str, float]:
-        """Fixed-seed samples every `logging.sample_freq` epochs: a grid and its figures."""
-        if not self._due(self.config.logging.sample_freq, epoch):
-            return {}
-        bar.note("drawing samples")
-        count = max(1, self.config.logging.num_samples // PER_PROMPT)
-        prompts = [p for p in self.prompts.spread(count) for _ in range(PER_PROMPT)]
-        samples = self.evaluator.samples(prompts)
-        figures = summarise(samples)
-        self._save_grid(samples, f"epoch_{epoch:05d}")
-        bar.line(
-            f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
-            + ("" if figures.recognised is None else f", recognised {figures.recognised:.0%}")
-        )
-        return {f"probe_{k}": v for k, v in figures.headline().items()}
-
-    def _save_grid(self, samples: list[Sample], name: str) -> None:
-        if self.accelerator.is_main_process:
-            images = torch.stack([sample.image for sample in samples])
-            pictures.save_grid(images, self.folder.grids / f"{name}.png", 2 * PER_PROMPT)
-
-    def _evaluate(self, name: str) -> Measurement | None:
-        """Measure 'before' (frozen model) or 'after'; kept in evaluation.json, not done twice."""
-        wanted = self.config.evaluation
-        if not wanted.num_prompts:
-            return None
-        known = self.folder.read_json("evaluation.json") or {}
-        if name == "before" and name in known:
-            return Measurement(**known[name])
-        prompts = [
-            prompt
-            for prompt in self.prompts.spread(wanted.num_prompts)
-            for _ in range(wanted.images_per_prompt)
-        ]
-        with Bar(f"measuring {name}", len(prompts), show=self.show) as bar:
-            samples = self.evaluator.samples(
-                prompts, reference=name == "before", on_done=bar.advance
-            )
-        figures = summarise(samples)
-        self._save_grid(samples, name)
-        if self.accelerator.is_main_process:
-            self.folder.write_json("evaluation.json", {**known, name: figures.as_dict()})
-        return figures

@@ -1,0 +1,95 @@
+"""Looking at a run: fixed-seed grids while it trains, and the figures before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import pictures
+from .config import Config
+from .evaluation import Evaluator, Measurement, Sample, summarise
+from .progress import Bar
+from .prompts import PromptSet
+from .runfolder import RunFolder
+
+PER_PROMPT = 4  # pictures of each prompt in a sample grid
+ROWS = 8  # prompts shown of those measured before and after
+
+
+class Observer:
+    """Draws through the evaluator (on every process), writes on the main process."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        folder: RunFolder,
+        prompts: PromptSet,
+        config: Config,
+        *,
+        show: bool,
+    ) -> None:
+        self.evaluator = evaluator
+        self.folder = folder
+        self.prompts = prompts
+        self.config = config
+        self.show = show
+
+    def probe(self, epoch: int, bar: Bar) -> dict[str, float]:
+        """A grid of fixed prompts and seeds, and its figures by metric name."""
+        bar.note("drawing samples")
+        count = max(1, self.config.logging.num_samples // PER_PROMPT)
+        samples = self.evaluator.samples(repeat(self.prompts.spread(count), PER_PROMPT))
+        figures = summarise(samples)
+        self._save_grid(samples, f"epoch_{epoch:05d}", 2 * PER_PROMPT)
+        bar.line(
+            f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
+            + ("" if figures.recognised is None else f", recognised {figures.recognised:.0%}")
+        )
+        return {f"probe_{name}": value for name, value in figures.headline().items()}
+
+    def before(self) -> Measurement | None:
+        """The frozen model's figures; measured once in the life of a run folder."""
+        known = self._known()
+        if "before" in known:
+            return Measurement(**known["before"])
+        return self._measure("before", 0)
+
+    def after(self, update: int) -> Measurement | None:
+        """The finetuned model's figures after `update` updates."""
+        known = self._known()
+        if known.get("updates") == update and "after" in known:
+            return Measurement(**known["after"])
+        return self._measure("after", update)
+
+    def _known(self) -> dict[str, Any]:
+        return self.folder.read_json("evaluation.json") or {}
+
+    def _measure(self, name: str, update: int) -> Measurement | None:
+        """Draw, summarise and keep; None when `evaluation.num_prompts` is 0."""
+        wanted = self.config.evaluation
+        if not wanted.num_prompts:
+            return None
+        prompts = tuple(dict.fromkeys(self.prompts.spread(wanted.num_prompts)))
+        asked = repeat(prompts, wanted.images_per_prompt)
+        with Bar(f"measuring {name}", len(asked), show=self.show) as bar:
+            samples = self.evaluator.samples(asked, reference=name == "before", on_done=bar.advance)
+        figures = summarise(samples)
+        rows = PromptSet(prompts).spread(min(ROWS, len(prompts)))
+        shown = [sample for row in rows for sample in samples if sample.prompt == row]
+        self._save_grid(shown, name, wanted.images_per_prompt)
+        if self.evaluator.accelerator.is_main_process:
+            result = {**self._known(), name: figures.as_dict(), "updates": update}
+            self.folder.write_json("evaluation.json", result)
+        return figures
+
+    def _save_grid(self, samples: Sequence[Sample], name: str, columns: int) -> None:
+        if self.evaluator.accelerator.is_main_process:
+            images = torch.stack([sample.image for sample in samples])
+            pictures.save_grid(images, self.folder.grids / f"{name}.png", columns)
+
+
+def repeat(prompts: Sequence[str], times: int) -> list[str]:
+    """Each prompt `times` times in a row."""
+    return [prompt for prompt in prompts for _ in range(times)]
