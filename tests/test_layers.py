@@ -21,6 +21,7 @@ LAYERS = (
     {"rollout", "lookahead", "value_gradient", "options", "runfolder", "optimizers", "distributed"},
     {"objectives", "estimators", "rewards", "models", "prompts", "features", "report"},
     {"collect", "evaluation", "methods", "checkpoint", "runlog"},
+    {"observe"},
     {"trainer"},
     {"assemble"},
     {"cli"},

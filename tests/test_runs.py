@@ -1,4 +1,4 @@
-"""Whole runs through the command line: the original commands, kill and resume, several processes."""
+"""Whole runs through the command line: original commands, kill and resume, two processes."""
 
 from __future__ import annotations
 

@@ -133,10 +133,9 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def summarise(result: RunResult) -> None:
-    """Before and after in four lines, and where the report is."""
+    """Before and after in three lines, and where the report is."""
     if not result.finished:
         print(f"stopped after update {result.updates}; the same command continues it")
-        return
     before, after = result.before, result.after
     if before and after:
         gain = (after.reward_mean - before.reward_mean) / max(before.reward_std, 1e-12)
@@ -148,7 +147,7 @@ def summarise(result: RunResult) -> None:
         print(f"diversity   {before.diversity:8.3f} -> {after.diversity:8.3f}  ({kept:.0%} kept)")
         if before.recognised is not None and after.recognised is not None:
             print(f"recognised  {before.recognised:8.1%} -> {after.recognised:8.1%}")
-    write_report(result.folder)
+    print(f"report: {result.report}")
 
 
 def write_report(run: Path) -> None:

@@ -36,12 +36,16 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,13 @@ class RunFolder:
         """The resolved settings. Raises ConfigError when this is not a run folder."""
         if not self.exists:
             raise ConfigError(f"{self.path} is not a run folder: it has no config.json")
-        return merge(Config(), self.read_json("config.json"))
+        try:
+            values = self.read_json("config.json")
+        except ValueError as error:
+            raise ConfigError(f"{self.path}/config.json is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{self.path}/config.json is damaged: it holds no settings")
+        return merge(Config(), values)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import distributed, runfolder
+from . import distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
 from .config import Config, set_option
@@ -49,6 +49,11 @@ class RunResult:
     finished: bool
     before: Measurement | None = None
     after: Measurement | None = None
+
+    @property
+    def report(self) -> Path:
+        """The run's report.html."""
+        return RunFolder(self.folder).report
 
 
 class Trainer:
@@ -140,12 +145,14 @@ class Trainer:
                 stopping = distributed.any_process(self.accelerator, stop.requested)
                 if stopping or self._due(self.config.logging.save_freq, position.epoch):
                     self._save(position)
-                if stopping and position.epoch < epochs:
-                    self.accelerator.end_training()
-                    return RunResult(self.folder.path, position.update, finished=False)
-        after = self.observer.after(position.update)
+                if stopping:
+                    break
+        finished = position.epoch == epochs
+        after = self.observer.after(position.update) if finished else None
         self.accelerator.end_training()
-        return RunResult(self.folder.path, position.update, True, before, after)
+        if self.accelerator.is_main_process:
+            report.build(self.folder)
+        return RunResult(self.folder.path, position.update, finished, before, after)
 
     def _open_run(self) -> Position:
         """Create or reopen the run folder; every process starts from the same position."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -25,8 +26,8 @@ def locate(name: str, revision: str = "main") -> str:
     """
     if name in EMBEDDED:
         return str(EMBEDDED[name])
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         check_pipeline_folder(folder)
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -45,7 +46,12 @@ def check_pipeline_folder(folder: Path) -> None:
             f"config.pretrained.model={str(folder)!r}: no model_index.json in it; it must be a "
             "folder written by a diffusers pipeline's save_pretrained"
         )
-    kind = json.loads(index.read_text()).get("_class_name", "?")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"config.pretrained.model={str(folder)!r}: its model_index.json is damaged"
+        ) from None
     if kind != "StableDiffusionPipeline":
         raise ConfigError(
             f"config.pretrained.model={str(folder)!r} is a {kind}; only StableDiffusionPipeline "
@@ -94,5 +100,5 @@ def hub_answers() -> bool:
 
 def critics_of(name: str) -> Path | None:
     """The folder of critics that came with a local pipeline, if it has one."""
-    folder = EMBEDDED.get(name, Path(name).expanduser()) / "critics"
+    folder = EMBEDDED.get(name, Path(os.path.expanduser(name))) / "critics"
     return folder if (folder / "classifier.safetensors").is_file() else None

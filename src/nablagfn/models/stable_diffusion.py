@@ -149,7 +149,7 @@ class StableDiffusionPolicy:
         return self.unet.conv_in.weight.dtype
 
     def timesteps(self, scheduler: str, num_steps: int) -> list[int]:
-        """diffusers' own timesteps for this model; never 0, where a step would add no noise."""
+        """diffusers' own timesteps for this model, kept in 1..T-1: a step at 0 adds no noise."""
         config = self.pipeline.scheduler.config
         offset = max(1, config.get("steps_offset", 0))
         if scheduler == "dpm-solver":
@@ -163,7 +163,8 @@ class StableDiffusionPolicy:
         else:
             solver = DDIMScheduler.from_config(config, steps_offset=offset)
         solver.set_timesteps(num_steps)
-        return solver.timesteps.tolist()
+        noisiest = len(self.alphas_cumprod) - 1
+        return solver.timesteps.clamp(1, noisiest).tolist()
 
     def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Condition:
         """Encode prompts (each distinct prompt once)."""
@@ -247,8 +248,9 @@ class StableDiffusionPolicy:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when the state is not this LoRA's."""
-        if state.keys() != self.state_dict().keys():
-            raise ValueError("the LoRA weights do not fit this model: different layers")
+        mine = {name: value.shape for name, value in self.state_dict().items()}
+        if mine != {name: value.shape for name, value in state.items()}:
+            raise ValueError("the LoRA weights do not fit this model: other layers or another rank")
         set_peft_model_state_dict(self.unet, dict(state), adapter_name=ADAPTER)
 
     def save(self, folder: Path) -> None:

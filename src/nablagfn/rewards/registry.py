@@ -97,7 +97,7 @@ def _import(spec: str) -> Reward:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise ConfigError(
             f"config.experiment.reward_fn={spec!r} cannot be imported: {error}"
         ) from None
