@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -123,6 +124,9 @@ class MixtureWorld:
 
     def make_flow(self, widths: Sequence[int], layers_per_block: int, seed: int) -> nn.Module:
         return PlaneFlow(self.alphas_cumprod, 16, seed)
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.adapter.parameters())
