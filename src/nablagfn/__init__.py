@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import Config, ConfigError
     from .models.stable_diffusion import StableDiffusionPolicy
+    from .options import load_config
     from .prompts import PromptSet
     from .rewards import resolve as resolve_reward
     from .trainer import RunResult, Trainer, TrainingError
@@ -25,6 +26,7 @@ _HOMES = {
     "StableDiffusionPolicy": (".models.stable_diffusion", "StableDiffusionPolicy"),
     "Trainer": (".trainer", "Trainer"),
     "TrainingError": (".trainer", "TrainingError"),
+    "load_config": (".options", "load_config"),
     "resolve_reward": (".rewards", "resolve"),
 }
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "StableDiffusionPolicy",
     "Trainer",
     "TrainingError",
+    "load_config",
     "resolve_reward",
 ]
 

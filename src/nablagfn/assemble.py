@@ -13,7 +13,7 @@ from .config import Config, ConfigError
 from .distributed import from_main_process, process_state, weight_dtype
 from .evaluation import draw
 from .methods import build_kernel
-from .models.locate import critics_of, locate
+from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
 from .prompts import PromptSet, load_prompts
 from .runfolder import RunFolder
@@ -50,7 +50,6 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
         config,
         folder=folder,
         accelerator=accelerator,
-        critics=critics_of(config.pretrained.model),
     )
 
 

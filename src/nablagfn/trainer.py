@@ -21,6 +21,7 @@ from .collect import Collector
 from .config import Config, set_option
 from .evaluation import Evaluator, Measurement
 from .methods import build_kernel, build_objective
+from .models.locate import critics_of
 from .observe import Observer
 from .optimizers import build_optimizer
 from .progress import Bar, StopRequest, console
@@ -61,7 +62,6 @@ class Trainer:
 
     prompts: what the model is asked to draw. folder: the run folder (default:
     `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
-    critics: folder of the classifier shipped with the pretrained model, if any.
     Raises ConfigError, before anything is written, when settings contradict each other.
     """
 
@@ -74,7 +74,6 @@ class Trainer:
         *,
         folder: RunFolder | None = None,
         accelerator: Accelerator | None = None,
-        critics: Path | None = None,
         show_progress: bool = True,
     ) -> None:
         self.config = config = config.model_copy(deep=True)
@@ -112,7 +111,7 @@ class Trainer:
             self.table,
             batch_size=config.sampling.batch_size,
             seed=config.evaluation.seed,
-            critics=critics,
+            critics=critics_of(config.pretrained.model),
         )
         self.observer = Observer(evaluator, self.folder, prompts, config, show=self.show)
         self.checkpoints = CheckpointIO(

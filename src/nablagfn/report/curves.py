@@ -38,11 +38,11 @@ PANELS = (
 
 
 def draw(curve: Curve, rows: Rows) -> str:
-    """An <svg> of one metric against updates; empty when the run has no such metric."""
+    """An <svg> of one metric against updates; empty when the run has none of it."""
     points = [
         (row["update"], row[curve.metric]) for row in rows if row.get(curve.metric) is not None
     ]
-    if not points:
+    if not any(value for _, value in points):
         return ""
     updates, values = zip(*points, strict=True)
     figure, axes = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
