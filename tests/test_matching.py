@@ -396,6 +396,34 @@ def test_metadata_stays_with_its_prompt(world: MixtureWorld) -> None:
     assert masked.prompts == ("bbb", "dddd")
 
 
+# -------------------------------------------------------------------------------- memory
+
+
+def picture_gradients(checkpointing: bool) -> list[Tensor]:
+    """Losses, and gradients of θ and φ, of the whole objective on a tiny Stable Diffusion."""
+    policy = StableDiffusionPolicy(
+        make_pipeline().to(torch.float64),
+        guidance_scale=3.0,
+        lora_rank=2,
+        gradient_checkpointing=checkpointing,
+    )
+    randomise(policy.parameters(), 0.1)
+    scene = draw_scene(policy, analytic.colourfulness, num_steps=2)
+    flow = policy.make_flow((8, 16), 1, seed=0).double()
+    losses = scene.residual_db(flow, strength=0.5).losses(scene.batch)
+    losses.total().sum().backward()
+    parameters = [*policy.parameters(), *flow.parameters()]
+    return [losses.total().detach(), *(p.grad for p in parameters if p.grad is not None)]
+
+
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient() -> None:
+    """Recomputed layers must run with the LoRA on for θ and off for the frozen model."""
+    plain, checkpointed = picture_gradients(False), picture_gradients(True)
+    assert len(plain) == len(checkpointed) > 50
+    for one, other in zip(plain, checkpointed, strict=True):
+        close(other, one)
+
+
 # -------------------------------------------------------------------------------- micro-batches
 
 
