@@ -58,10 +58,10 @@ class CheckpointIO:
         torch.save(state, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         if target.exists():  # written by a run that was killed after this very point
-            shutil.rmtree(target)
+            _remove(target)
         os.replace(temporary, target)
         for old in checkpoints(self.folder)[: -self.limit]:
-            shutil.rmtree(old)
+            _remove(old)
         return target
 
     def load_latest(self) -> Position:
@@ -87,6 +87,14 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if re.fullmatch(PREFIX + r"\d{6,}", path.name))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight first, so that a crash leaves no half-removed checkpoint under its name."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

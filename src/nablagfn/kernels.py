@@ -73,6 +73,10 @@ def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, T
 
     Raises ValueError when a step would add no noise (its density would not exist).
     """
+    if not all(0 < t < len(alphas_cumprod) for t in timesteps):
+        raise ValueError(
+            f"the timesteps {list(timesteps)} must lie in 1..{len(alphas_cumprod) - 1}"
+        )
     times = torch.tensor([*timesteps, 0], dtype=torch.long)
     alpha_bar = alphas_cumprod.double().cpu()[times]
     if not bool((alpha_bar[1:] > alpha_bar[:-1]).all()):

@@ -167,8 +167,16 @@ class StableDiffusionPolicy:
         return solver.timesteps.clamp(1, noisiest).tolist()
 
     def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Condition:
-        """Encode prompts (each distinct prompt once)."""
-        missing = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._embeds]
+        """Prompts with their embeddings."""
+        return Condition(
+            prompts=tuple(prompts),
+            metadata=tuple(metadata) or tuple({} for _ in prompts),
+            embeds=self._encode(prompts),
+        )
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        """[B, L, D] on the policy's device; each distinct prompt goes through the encoder once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._embeds]
         if missing:
             tokens = self.pipeline.tokenizer(
                 missing,
@@ -180,18 +188,14 @@ class StableDiffusionPolicy:
             with torch.no_grad():
                 embeds = self.pipeline.text_encoder(tokens.input_ids.to(self.device))[0]
             self._embeds.update(zip(missing, embeds.cpu(), strict=True))
-        return Condition(
-            prompts=tuple(prompts),
-            metadata=tuple(metadata) or tuple({} for _ in prompts),
-            embeds=torch.stack([self._embeds[p] for p in prompts]).to(self.device),
-        )
+        return torch.stack([self._embeds[p] for p in prompts]).to(self.device)
 
     def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Guided ε (Ho & Salimans 2022): ε_∅ + w(ε_c − ε_∅), in x's dtype, [M, C, H, W]."""
         assert condition.embeds is not None
         if self.guidance_scale == 1.0:
             return self._eps(x, timestep, condition.embeds)
-        empty = self._embeds[""].to(self.device).expand_as(condition.embeds)
+        empty = self._encode([""]).expand_as(condition.embeds)
         both = self._eps(
             torch.cat([x, x]),
             torch.cat([timestep, timestep]),
