@@ -1,8 +1,8 @@
 """Sprites, captions and composites: the data of tiny-animals.
 
 The pictures come from four openly licensed emoji sets that npm packages carry. Each animal is
-drawn in four styles; a composite places one sprite on one of eight flat named backgrounds, with
-a mild random size, shift and mirroring.
+drawn in four styles; a composite places one sprite on one of eight flat named backgrounds, in one
+of two sizes, mirrored or not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from PIL import Image
 SIZE = 64  # side of a composite, pixels
 SPRITE = 128  # side of a cached sprite, pixels
 CANVAS = 208  # side of the transparent canvas round a sprite, pixels
-SCALE = (0.80, 0.94)  # longest side of the animal over the side of the picture
-SHIFT = 0.035  # largest shift, as a share of the picture's side
+SIZES = (0.82, 0.92)  # longest side of the animal over the side of the picture
+SCALE = (0.80, 0.94)  # the same, where it is random
+SHIFT = 0.035  # largest random shift, as a share of the picture's side
 
 #: npm packages (name, version) that hold the pictures.
 PACKAGES = (
@@ -152,26 +153,43 @@ def composite(
     sprites: Sprites,
     index: int,
     background: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = SCALE,
-    shift: float = SHIFT,
+    scale: float,
+    shift: tuple[float, float] = (0.0, 0.0),
+    mirror: bool = False,
 ) -> np.ndarray:
     """Place sprite ``index`` on a flat background; uint8 [64, 64, 3]."""
-    side = SPRITE / rng.uniform(*scale)
+    side = SPRITE / scale
     room = (CANVAS - side) / 2
-    dx, dy = np.clip(rng.uniform(-shift, shift, 2) * side, -room, room)
+    dx, dy = np.clip(np.array(shift) * side, -room, room)
     left, top = room + dx, room + dy
     box = (left, top, min(CANVAS, left + side), min(CANVAS, top + side))
     view = sprites.canvases[index].resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
     rgba = np.asarray(view, dtype=np.float32)
-    if rng.random() < 0.5:
+    if mirror:
         rgba = rgba[:, ::-1]
     picture = rgba[..., :3] + (1 - rgba[..., 3:] / 255) * _COLOURS[background]
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
 
 
-def build(modules: Path, copies: int, seed: int) -> Composites:
-    """``copies`` composites of every (animal, style, background), poses in turn, shuffled."""
+def placed_at_random(
+    sprites: Sprites,
+    index: int,
+    background: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = SCALE,
+    shift: float = SHIFT,
+) -> np.ndarray:
+    """A composite with random size, shift and mirroring; uint8 [64, 64, 3]."""
+    size = rng.uniform(*scale)
+    dx, dy = rng.uniform(-shift, shift, 2).tolist()
+    return composite(sprites, index, background, size, (dx, dy), bool(rng.random() < 0.5))
+
+
+def build(modules: Path, copies: int, at_random: bool, seed: int) -> Composites:
+    """``copies`` composites of every (animal, style, background), poses in turn, shuffled.
+
+    Not at random, the copies run through the poses, two sizes and mirroring: 8 cover all.
+    """
     sprites, rng = load_sprites(modules), np.random.default_rng(seed)
     labels = [
         (a, s, b, k)
@@ -185,7 +203,11 @@ def build(modules: Path, copies: int, seed: int) -> Composites:
     table = np.array(labels, dtype=np.int16)[order]
     for n, (a, s, b, k) in enumerate(table.tolist()):
         poses = sprites.table[a, s]
-        images[n] = composite(sprites, poses[(k + b) % len(poses)], b, rng)
+        if at_random:
+            images[n] = placed_at_random(sprites, poses[(k + b) % len(poses)], b, rng)
+        else:
+            size, mirror = SIZES[k // 2 % 2], bool(k // 4 % 2)
+            images[n] = composite(sprites, poses[k % len(poses)], b, size, mirror=mirror)
     return Composites(images, table[:, 0], table[:, 1], table[:, 2])
 
 
@@ -233,15 +255,16 @@ def random_caption(
 
 
 def main() -> None:
-    """Build and save the composites."""
+    """Build and save ``modes`` (all poses, sizes, mirrorings) and ``random`` (random ones)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modules", type=Path, required=True, help="unpacked node_modules")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--copies", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not (args.out / "images.npy").exists():
-        save(build(args.modules, args.copies, args.seed), args.out)
+    for name, copies in (("modes", 8), ("random", 16)):
+        if not (args.out / name / "images.npy").exists():
+            data = build(args.modules, copies, name == "random", args.seed)
+            save(data, args.out / name)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Average, Run, device_for, parser, to_images
+from muon import Muon
 from torch import Tensor, nn
 
 from nablagfn.critics import AestheticCritic, AlignmentCritic, AnimalClassifier
@@ -43,7 +44,7 @@ def build_quads(modules: Path, path: Path, copies: int, seed: int) -> None:
         for style in range(len(data.STYLES)):
             poses = sprites.table[animal, style]
             rng = np.random.default_rng((seed, n))  # the same placement in all styles
-            quads[n, style] = data.composite(
+            quads[n, style] = data.placed_at_random(
                 sprites, poses[copy % len(poses)], background, rng, (0.74, 0.98), 0.06
             )
     partial = path.with_suffix(".partial.npy")
@@ -220,7 +221,7 @@ def classifier_loss(critic: AnimalClassifier, batches: Batches, step: int) -> di
 def train(critic: nn.Module, loss_of, batches: Batches, args) -> None:
     """Train one critic and write its averaged weights to ``work/critics``."""
     average = Average(critic, 0.998)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=args.lr, weight_decay=0.02)
+    optimizer = Muon(critic.parameters(), lr=args.lr, weight_decay=0.02)
     path = args.work / f"critic-{critic.name}.ckpt"
     run = Run(path, {"critic": critic}, optimizer, {"critic": average}, args.minutes)
     for step in run.steps():

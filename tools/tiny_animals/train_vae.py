@@ -180,7 +180,8 @@ def main() -> None:
     args = p.parse_args()
     device = device_for(args.threads)
     torch.manual_seed(args.seed)
-    images = np.asarray(load(Path(args.work) / "data").images)
+    kind = {"joint": "random", "decoder": "modes"}[args.stage]
+    images = np.asarray(load(Path(args.work) / "data" / kind).images)
     vae = build().to(device, memory_format=torch.channels_last)
     {"joint": train_joint, "decoder": train_decoder}[args.stage](vae, args, images, device)
 
