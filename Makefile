@@ -21,15 +21,15 @@ lint: $(READY)  ## style, complexity, types
 
 check: lint test  ## everything CI checks
 
-proofs: $(READY)  ## slow proofs and the figures of docs/ (longer than CI may take)
+proofs: $(READY)  ## slow proofs: the demo's claims on three seeds, the gate at 50 steps
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m proof
 
 docs: $(READY)  ## regenerate docs/options.md
 	$(BIN)/python tools/make_options_doc.py
 
-tiny-animals: $(READY)  ## rebuild the embedded model from the pictures (an hour or more on two cores)
+tiny-animals: $(READY)  ## rebuild the embedded model from the pictures (hours on two cores)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tiny-animals]'
-	$(BIN)/python -m tools.tiny_animals
+	PYTHON=$(BIN)/python sh tools/tiny_animals/build.sh
 
 setup: $(READY)
 

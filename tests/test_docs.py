@@ -82,7 +82,7 @@ def test_every_logged_key_is_documented(runs: dict[bool, RunFolder], no_flow: bo
 
 def test_every_evaluated_key_is_documented(runs: dict[bool, RunFolder]) -> None:
     evaluation = runs[False].read_json("evaluation.json")
-    assert set(evaluation) == {"before", "after"}
+    assert set(evaluation) == {"before", "after", "updates"}
     assert set(evaluation["after"]) <= documented()
 
 

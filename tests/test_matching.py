@@ -16,14 +16,14 @@ from nablagfn.estimators.residual_db import ResidualDB, reverse_score
 from nablagfn.kernels import KernelTable
 from nablagfn.lookahead import LogReward, attenuation, guess
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.objectives.matching import MatchingObjective, mean_square, residual_score
+from nablagfn.objectives.matching import MatchingObjective, residual_score
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
 from nablagfn.rollout import rollout, transitions
 from nablagfn.runfolder import RunFolder
 from nablagfn.trainer import Trainer
 from nablagfn.types import Policy, Reward, Transitions
-from nablagfn.value_gradient import Evaluated
+from nablagfn.value_gradient import Evaluated, mean_square
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
 
@@ -90,6 +90,24 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 # -------------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("with_flow", [False, True])
+def test_forward_loss_is_the_distance_to_the_value_gradient(
+    scene: Scene, flow: PlaneFlow, with_flow: bool
+) -> None:
+    """‖(c2/σ²)(ε_θ − ε_#) − β·γ·∇r − g_φ‖², each part computed here by itself."""
+    objective = scene.residual_db(flow) if with_flow else scene.guess()
+    batch, here = scene.batch, objective.evaluate(scene.batch)
+    k, policy = here.k, scene.policy
+    value = guess(scene.log_reward, policy, batch.x_next, k, batch.condition, "squared")
+    if with_flow:
+        value = value + flow(batch.x_next, k.timestep_next, batch.condition)
+    known = (k.c2 / k.std**2 * (here.eps - here.eps_ref) - value).square().mean(1)
+    opposite = (k.c2 / k.std**2 * (here.eps - here.eps_ref) + value).square().mean(1)
+    found = objective.losses(batch).terms["forward"]
+    close(found, known)
+    assert (found - opposite).abs().min() > 1e-6
 
 
 def log_ratio(here: Evaluated, x_next: Tensor, strength: float) -> Tensor:

@@ -134,18 +134,24 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
     assert folder.metrics_file.read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("factor", "message"), [(float("nan"), "the reward"), (1e38, "gradient")])
+def test_numbers_that_are_not_finite_stop_the_run(
+    factor: float, message: str, tmp_path: Path
+) -> None:
+    """Before the weights are touched."""
     config = small_config(tmp_path)
     policy = StableDiffusionPolicy(make_pipeline(), guidance_scale=1.0)
     trainer = Trainer(
         policy,
-        lambda images, prompts, metadata: images.mean((1, 2, 3)) * float("nan"),
+        lambda images, prompts, metadata: images.mean((1, 2, 3)) * factor,
         PROMPTS,
         config,
         show_progress=False,
     )
-    with pytest.raises(TrainingError, match="not finite at update 1"):
+    before = {name: w.clone() for name, w in policy.state_dict().items()}
+    with pytest.raises(TrainingError, match=f"{message} is not finite"):
         trainer.fit()
+    assert all(torch.equal(w, before[name]) for name, w in policy.state_dict().items())
 
 
 def test_wandb_works_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from nablagfn.types import Condition, Metadata
 MEANS = ((-1.5, 0.0), (1.0, 1.5), (1.0, -1.0))
 WEIGHTS = (0.2, 0.5, 0.3)
 STD = 0.3
+INPUTS = 10  # of the small networks
 
 
 def sd_alphas_cumprod() -> Tensor:
@@ -28,17 +29,25 @@ def sd_alphas_cumprod() -> Tensor:
 
 
 def _mlp(hidden: int, seed: int) -> nn.Sequential:
-    """[M, 4] (x, √ᾱ, √(1−ᾱ)) -> [M, 2]; the last layer is zero."""
+    """[M, INPUTS] -> [M, 2]; the last layer is zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2)).double()
+        net = nn.Sequential(
+            nn.Linear(INPUTS, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2),
+        ).double()
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
 
 
 def _inputs(x: Tensor, level: Tensor) -> Tensor:
-    return torch.cat([x.double(), level.sqrt(), (1 - level).sqrt()], 1)
+    """x [M, 2] and the Fourier features of the noise angle atan2(√(1−ᾱ), √ᾱ), [M, INPUTS]."""
+    angle = torch.atan2((1 - level).sqrt(), level.sqrt()) * 2.0 ** torch.arange(4)
+    return torch.cat([x.double(), angle.sin(), angle.cos()], 1)
 
 
 class PlaneFlow(nn.Module):
@@ -107,7 +116,7 @@ class MixtureWorld:
         level = self.alphas_cumprod[timestep][:, None]
         eps = self.exact_eps(x.double(), level)
         if self.adapter_on:
-            eps = eps + self.adapter(_inputs(x, level))
+            eps = eps + (1 - level).sqrt() * self.adapter(_inputs(x, level))
         return eps.to(x.dtype)
 
     @contextlib.contextmanager

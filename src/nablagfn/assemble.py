@@ -41,7 +41,6 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     prompts = load_prompts(config.experiment.prompt_fn)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
-    set_backend_flags(config)
     reward = rewards.resolve(config.experiment.reward_fn, accelerator.device, config.reward.weights)
     return Trainer(
         build_policy(config, accelerator.device),
@@ -51,12 +50,6 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
         folder=folder,
         accelerator=accelerator,
     )
-
-
-def set_backend_flags(config: Config) -> None:
-    """TF32 for matrix products and convolutions, as `training.allow_tf32` says."""
-    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
 
 
 def side_by_side(

@@ -8,6 +8,7 @@ update_000010/optimizer.pt, state.json           moments; position
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -32,6 +33,17 @@ class Position:
     epoch: int = 0
     update: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """State at the start of an epoch, to leave a run from in the middle of it."""
+
+    position: Position
+    policy: dict[str, Any]
+    modules: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
 
 
 @dataclass
@@ -63,6 +75,24 @@ class CheckpointIO:
         for old in checkpoints(self.folder)[: -self.limit]:
             _remove(old)
         return target
+
+    def snapshot(self, position: Position) -> Snapshot:
+        """A copy, in memory, of everything that `save` would write."""
+        return Snapshot(
+            position,
+            copy.deepcopy(self.policy.state_dict()),
+            copy.deepcopy(self.modules.state_dict()),
+            copy.deepcopy(self.optimizer.state_dict()),
+            dict(self.scaler.state_dict()),
+        )
+
+    def restore(self, snapshot: Snapshot) -> Position:
+        """Back to where the snapshot was taken."""
+        self.policy.load_state_dict(snapshot.policy)
+        self.modules.load_state_dict(snapshot.modules)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.scaler.load_state_dict(snapshot.scaler)
+        return snapshot.position
 
     def load_latest(self) -> Position:
         """Restore the newest checkpoint; the start of the run when there is none."""

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .config import Config, ConfigError, describe, set_option
@@ -20,9 +20,16 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their flags; run options are added by `--config.group.option=value`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nablagfn",
         description="Finetune diffusion models with a differentiable reward, keeping diversity.",
         allow_abbrev=False,
@@ -70,9 +77,8 @@ def _options_help() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; user errors end with one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # optional packages, not errors
-    parser = build_parser()
-    known, rest = parser.parse_known_args(arguments)
     try:
+        known, rest = build_parser().parse_known_args(arguments)
         if known.command == "train":
             train(known, rest)
         elif rest:
@@ -86,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
-    """One line from the first process only, then exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line from the first process of each machine, then exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"nablagfn: error: {message}", file=sys.stderr)
     sys.exit(BAD_INPUT)
 

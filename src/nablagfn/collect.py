@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,7 +18,8 @@ class Collector:
     """Draws this process's share of each epoch.
 
     Trajectories have a global index within the epoch, and their prompt, noise and transitions
-    depend on it alone: the same global batch is drawn whatever the number of processes.
+    depend on it alone: an epoch's trajectories are the same whatever the number of processes. With
+    several updates per epoch, which of them share an update does depend on that number.
     """
 
     def __init__(
@@ -44,10 +45,16 @@ class Collector:
         start = (batch * self.world + self.rank) * size
         return range(start, start + size)
 
-    def collect(self, epoch: int) -> Trajectories:
-        """All trajectories of this process for one epoch, from the policy as it is now."""
-        batches = range(self.config.sampling.num_batches_per_epoch)
-        return _concatenate([self._draw(epoch, self.indices(batch)) for batch in batches])
+    def collect(self, epoch: int, between: Callable[[], object] = lambda: None) -> Trajectories:
+        """All trajectories of this process for one epoch, from the policy as it is now.
+
+        between: called before each sampling batch.
+        """
+        drawn = []
+        for batch in range(self.config.sampling.num_batches_per_epoch):
+            between()
+            drawn.append(self._draw(epoch, self.indices(batch)))
+        return _concatenate(drawn)
 
     def _draw(self, epoch: int, indices: range) -> Trajectories:
         seed = self.config.seed

@@ -35,6 +35,12 @@ def gradient_scaler(config: Config, device: torch.device) -> torch.amp.GradScale
     )
 
 
+def set_backend_flags(config: Config) -> None:
+    """TF32 for matrix products and convolutions, as `training.allow_tf32` says."""
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
+
+
 def process_state() -> PartialState:
     """This process among its peers; joins them on first use."""
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -79,6 +79,8 @@ def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, T
         )
     times = torch.tensor([*timesteps, 0], dtype=torch.long)
     alpha_bar = alphas_cumprod.double().cpu()[times]
+    if not bool(alpha_bar.min() > 0):
+        raise ValueError("a schedule that reaches ᾱ = 0 (zero terminal SNR) is not supported")
     if not bool((alpha_bar[1:] > alpha_bar[:-1]).all()):
         raise ValueError(
             f"the timesteps {list(timesteps)} must fall strictly and stay above 0: every step "

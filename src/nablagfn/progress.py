@@ -67,12 +67,13 @@ class Bar:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the running epoch.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop at the next good place.
 
     A second one stops at once. Works in the main thread only; elsewhere it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, show: bool = True) -> None:
+        self.show = show
         self.requested = False
         self._old: dict[int, object] = {}
 
@@ -88,7 +89,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        console.print("stopping after this epoch (once more: at once)")
+        if self.show:
+            console.print("stopping: saving the state of the epoch's start (once more: at once)")
 
     def __exit__(
         self,

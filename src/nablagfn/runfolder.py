@@ -16,9 +16,12 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .config import Config, ConfigError, flatten, merge
 
@@ -73,6 +76,20 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         return (self.path / "config.json").is_file()
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """Hold the folder, made if need be, for this process until the context ends.
+
+        Raises ConfigError when another process trains in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(self.path / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another process is training in {self.path}: wait for it, or give another "
+                "--exp_name"
+            ) from None
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
-from .config import Config, set_option
+from .config import Config, ConfigError, set_option
 from .evaluation import Evaluator, Measurement
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
@@ -26,15 +27,32 @@ from .observe import Observer
 from .optimizers import build_optimizer
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
+from .rewards import NamedReward, named
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
 from .types import Policy, Reward, Trajectories, Transitions
 
 
-def name_of(reward: Reward) -> str:
-    """A resolved reward's own name, or where another callable can be imported from."""
-    place = reward if hasattr(reward, "__qualname__") else type(reward)
-    return getattr(reward, "name", f"{place.__module__}:{place.__qualname__}")
+def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
+    """The options as they are really used: what was passed in as objects goes before the config."""
+    config = config.model_copy(deep=True)
+    for key, value in {**policy.settings(), "experiment.reward_fn": reward.name}.items():
+        set_option(config, key, value)
+    config.check()
+    return config
+
+
+def check_device(policy: Policy, accelerator: Accelerator) -> None:
+    """Raises ConfigError when the policy lies elsewhere than this process trains."""
+    if policy.device.type != accelerator.device.type:
+        raise ConfigError(
+            f"the policy is on {policy.device.type}, this process trains on "
+            f"{accelerator.device.type}: load the policy there"
+        )
+
+
+class Stopped(Exception):
+    """A stop was requested within an epoch; the run goes on from the epoch's start."""
 
 
 class TrainingError(RuntimeError):
@@ -76,17 +94,17 @@ class Trainer:
         accelerator: Accelerator | None = None,
         show_progress: bool = True,
     ) -> None:
-        self.config = config = config.model_copy(deep=True)
-        for key, value in {**policy.settings(), "experiment.reward_fn": name_of(reward)}.items():
-            set_option(config, key, value)  # what was passed in is what is recorded
-        config.check()
+        reward = named(reward)
+        self.config = config = settle(config, policy, reward)
         self.policy, self.reward, self.prompts = policy, reward, prompts
         self.updates_per_epoch = config.updates_per_epoch() * config.training.num_inner_epochs
         self.folder = folder or runfolder.run_folder(config, "")
         if self.folder.exists:
             runfolder.check_same_settings(self.folder.config(), config, self.folder.path)
         self.accelerator = accelerator or make_accelerator(config, self.folder)
+        check_device(policy, self.accelerator)
         self.show = show_progress and self.accelerator.is_main_process
+        distributed.set_backend_flags(config)
         self.table = build_kernel(config, policy)
         self.objective = build_objective(config, policy, reward, self.table)
         self._groups = [
@@ -130,33 +148,41 @@ class Trainer:
 
         Raises TrainingError when the loss is no longer finite.
         """
+        with self.folder.lock() if self.accelerator.is_main_process else nullcontext():
+            return self._fit()
+
+    def _fit(self) -> RunResult:
+        """`fit`, with the run folder held."""
         position = self._open_run()
         epochs = self.config.training.num_epochs
         before = self.observer.before()
         with (
-            StopRequest() as stop,
+            StopRequest(show=self.show) as stop,
             Bar(
                 "training", epochs * self.updates_per_epoch, position.update, show=self.show
             ) as bar,
         ):
             while position.epoch < epochs:
-                position = self._epoch(position, bar)
-                stopping = distributed.any_process(self.accelerator, stop.requested)
-                if stopping or self._due(self.config.logging.save_freq, position.epoch):
+                start = self.checkpoints.snapshot(position)
+                try:
+                    position = self._epoch(position, bar, stop)
+                except Stopped:
+                    position = self.checkpoints.restore(start)
                     self._save(position)
-                if stopping:
                     break
+                if self._due(self.config.logging.save_freq, position.epoch):
+                    self._save(position)
         finished = position.epoch == epochs
         after = self.observer.after(position.update) if finished else None
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
+            self.folder.truncate_metrics(position.update)
             report.build(self.folder)
         return RunResult(self.folder.path, position.update, finished, before, after)
 
     def _open_run(self) -> Position:
         """Create or reopen the run folder; every process starts from the same position."""
         if self.accelerator.is_main_process:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.write_json("versions.json", self._versions())
             self.folder.write_json("prompts.json", list(self.prompts.prompts))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
@@ -190,19 +216,20 @@ class Trainer:
 
     # ------------------------------------------------------------------ one epoch
 
-    def _epoch(self, position: Position, bar: Bar) -> Position:
-        """Draw samples with the parameters of now, update on them, log."""
+    def _epoch(self, position: Position, bar: Bar, stop: StopRequest) -> Position:
+        """Draw samples with the parameters of now, update on them, log. May raise Stopped."""
         started = time.perf_counter()
         epoch, update = position.epoch, position.update
         bar.note("sampling")
-        drawn = self.collector.collect(epoch)
+        drawn = self.collector.collect(epoch, between=lambda: self._leave_if_asked(stop))
         rewards = self._rewards(drawn)
+        self._require_finite(rewards["reward"], "the reward", "check the reward function")
         bar.note(f"reward {rewards['reward']:.3g}")
         for inner in range(self.config.training.num_inner_epochs):
             for batch in self.collector.batches(drawn, epoch, inner):
+                self._leave_if_asked(stop)
                 row = {**rewards, **self.update(batch)}
                 update += 1
-                self._check_finite(row, update)
                 seconds = position.seconds + time.perf_counter() - started
                 probe = {}
                 ended = bar.advance() == (epoch + 1) * self.updates_per_epoch
@@ -213,6 +240,11 @@ class Trainer:
                 )
         return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
 
+    def _leave_if_asked(self, stop: StopRequest) -> None:
+        """On every process when one was asked to stop."""
+        if distributed.any_process(self.accelerator, stop.requested):
+            raise Stopped
+
     def _rewards(self, drawn: Trajectories) -> dict[str, float]:
         """Mean and standard deviation of this epoch's rewards, over all processes."""
         values = []
@@ -220,7 +252,7 @@ class Trainer:
         for rows in torch.arange(len(drawn.condition)).split(size):
             where = drawn.condition[rows]
             with torch.no_grad():
-                images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)]).clamp(0, 1)
+                images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)])
                 values.append(self.reward(images.float(), where.prompts, where.metadata).float())
         reward = torch.cat(values)
         moments = distributed.average_metrics(
@@ -255,6 +287,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.training.max_grad_norm
         norms = [nn.utils.clip_grad_norm_(group, limit) for group in self._groups if group]
+        if not self.scaler.is_enabled():  # the scaler skips such a step and lowers its scale
+            advice = "lower config.model.reward_scale or config.training.lr"
+            self._require_finite(float(sum(norms)), "the gradient", advice)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return {
@@ -262,14 +297,10 @@ class Trainer:
             for name, norm in zip(("grad_norm", "grad_norm_own"), norms, strict=False)
         }
 
-    def _check_finite(self, row: dict[str, float], update: int) -> None:
-        if not math.isfinite(row["reward"]):
+    def _require_finite(self, value: float, what: str, advice: str) -> None:
+        """Before the weights are touched, on every process alike."""
+        if not math.isfinite(value):
             raise TrainingError(
-                f"the reward is not finite at update {update}: check the reward function; earlier "
-                f"checkpoints, if any, are in {self.folder.checkpoints}"
-            )
-        if not math.isfinite(row["loss"]):
-            raise TrainingError(
-                f"the loss is not finite at update {update}: lower config.model.reward_scale or "
-                f"config.training.lr; earlier checkpoints, if any, are in {self.folder.checkpoints}"
+                f"{what} is not finite: {advice}; earlier checkpoints, if any, are in "
+                f"{self.folder.checkpoints}"
             )

@@ -43,3 +43,8 @@ class Estimator(Protocol):
     modules: nn.ModuleDict
 
     def __call__(self, here: Evaluated) -> Estimate: ...
+
+
+def mean_square(value: Tensor) -> Tensor:
+    """Elementwise mean of squares per sample: [M, ...] -> [M]."""
+    return value.square().flatten(1).mean(1)

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..lookahead import Attenuation, LogReward, guess
 from ..types import Policy
-from ..value_gradient import Estimate, Evaluated
+from ..value_gradient import Estimate, Evaluated, mean_square
 
 
 class Guess:
@@ -26,4 +26,4 @@ class Guess:
         value = guess(
             self.log_reward, self.policy, batch.x_next, here.k, batch.condition, self.mode
         )
-        return Estimate(value, metrics={"guess_sq": value.square().flatten(1).mean(1)})
+        return Estimate(value, metrics={"guess_sq": mean_square(value)})

@@ -17,18 +17,22 @@ from torch import Tensor, nn
 from .. import kernels
 from ..lookahead import Attenuation, LogReward, attenuation, guess
 from ..types import Policy
-from ..value_gradient import Estimate, Evaluated
+from ..value_gradient import Estimate, Evaluated, mean_square
 
 
 def reverse_score(x: Tensor, x_next: Tensor, eps: Tensor, k: kernels.Step) -> Tensor:
     """∇_{x_k} log p(x_{k+1}|x_k) = J_m(x_k)ᵀ(x_{k+1} − m)/σ², detached, [M, ...].
 
-    `eps` must carry its graph from `x`. One vector-Jacobian product.
+    `eps` must carry its graph from `x`; the graph is freed. One vector-Jacobian product.
     """
     m = kernels.mean(x, eps, k)
-    cotangent = ((x_next - m) / k.std**2).detach()
-    (score,) = torch.autograd.grad(m, x, cotangent, retain_graph=True)
+    (score,) = torch.autograd.grad(m, x, reverse_cotangent(x_next, m, k))
     return score
+
+
+def reverse_cotangent(x_next: Tensor, m: Tensor, k: kernels.Step) -> Tensor:
+    """∂ log p(x_{k+1}|x_k) / ∂m = (x_{k+1} − m)/σ², detached, [M, ...]."""
+    return ((x_next - m) / k.std**2).detach()
 
 
 class ResidualDB:
@@ -57,19 +61,20 @@ class ResidualDB:
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂ with the flow's own reverse and terminal losses."""
         batch, k = here.batch, here.k
+        target = self.reverse_target(here)  # first: it frees the frozen model's graph
         known = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
         learned = self.flow(batch.x_next, k.timestep_next, batch.condition)
-        reverse = self.reverse_target(here) + self.flow(batch.x, k.timestep, batch.condition)
+        reverse = target + self.flow(batch.x, k.timestep, batch.condition)
         at_end = k.last.to(learned.dtype)
         return Estimate(
             value_gradient=known + learned,
             terms={
-                "reverse": self.reverse_scale * reverse.square().flatten(1).mean(1),
-                "terminal": at_end * learned.square().flatten(1).mean(1),
+                "reverse": self.reverse_scale * mean_square(reverse),
+                "terminal": at_end * mean_square(learned),
             },
             metrics={
-                "guess_sq": known.square().flatten(1).mean(1),
-                "flow_sq": learned.detach().square().flatten(1).mean(1),
+                "guess_sq": mean_square(known),
+                "flow_sq": mean_square(learned.detach()),
             },
         )
 
@@ -83,9 +88,9 @@ class ResidualDB:
         with self.policy.reference():
             score_ref = reverse_score(here.x, batch.x_next, here.eps_ref, k)
         m = kernels.mean(here.x, here.eps, k)
-        cotangent = ((batch.x_next - m) / k.std**2).detach()
         x_clean = kernels.predict_clean(here.x, here.eps, k.alpha_bar)
         value = self.log_reward(x_clean, batch.condition)
         gamma = attenuation(k.alpha_bar, self.mode).flatten().to(value.dtype)
-        (shared,) = torch.autograd.grad((m, value), here.x, (cotangent, gamma), retain_graph=True)
+        cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
+        (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
         return shared - self.strength * score_ref

@@ -12,8 +12,10 @@ from ..config import ConfigError
 
 EMBEDDED = {"tiny-animals": Path(__file__).parent.parent / "assets" / "tiny-animals"}
 
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+
 HELP = (
-    "download it where there is network (`huggingface-cli download {name}`), or give a folder "
+    "download it where there is network (`hf download {name}`), or give a folder "
     "with --config.pretrained.model=FOLDER, or the shipped model with "
     "--config.pretrained.model=tiny-animals"
 )
@@ -34,8 +36,7 @@ def locate(name: str, revision: str = "main") -> str:
         raise ConfigError(
             f"config.pretrained.model={name!r}: no such folder, and not a hub name (owner/name)"
         )
-    check_hub(name, revision)
-    return name
+    return check_hub(name, revision)
 
 
 def check_pipeline_folder(folder: Path) -> None:
@@ -59,27 +60,37 @@ def check_pipeline_folder(folder: Path) -> None:
         )
 
 
-def check_hub(name: str, revision: str) -> None:
-    """Raises ConfigError unless the model's index is in the local cache or can be fetched."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+def check_hub(name: str, revision: str) -> str:
+    """The hub name under which the model is cached or can be fetched. Raises ConfigError if none.
 
-    try:
-        hf_hub_download(name, "model_index.json", revision=revision, local_files_only=True)
-        return
-    except (LocalEntryNotFoundError, EntryNotFoundError):
-        pass
+    A name that has left the hub (`MOVED`) is looked for in the cache first, then under the new one.
+    """
+    names = list(dict.fromkeys((name, MOVED.get(name, name))))
+    for candidate in names:
+        if _has_index(candidate, revision, local=True):
+            return candidate
     reason = "the hub cannot be reached"
     if hub_answers():
-        try:
-            hf_hub_download(name, "model_index.json", revision=revision)
-            return
-        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
-            reason = f"the hub does not give it ({type(error).__name__})"
+        for candidate in reversed(names):
+            if _has_index(candidate, revision, local=False):
+                return candidate
+        reason = "the hub does not give it"
     raise ConfigError(
         f"config.pretrained.model={name!r} is not on this machine and {reason}: "
         + HELP.format(name=name)
     )
+
+
+def _has_index(name: str, revision: str, *, local: bool) -> bool:
+    """Whether model_index.json is in the cache (`local`), or can be fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        hf_hub_download(name, "model_index.json", revision=revision, local_files_only=local)
+    except (HfHubHTTPError, OSError, ValueError):  # also missing entries and malformed names
+        return False
+    return True
 
 
 def hub_answers() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from .. import rng
+from ..config import ConfigError
 from ..kernels import eps_from_model_output
 from ..types import Condition, Metadata
 from .flow import UNetFlow
@@ -42,19 +44,30 @@ def _quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """In float64 where the device has it (Apple's does not)."""
+    return values.float().to(device) if device.type == "mps" else values.to(device)
+
+
 def load_pipeline(
     model: str, revision: str = "main", dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
     """The frozen pipeline by hub name, folder or embedded name. Raises ConfigError if missing."""
     source = locate(model, revision)
-    with _quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+    try:
+        with _quiet():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config.pretrained.model={model!r} cannot be loaded ({error}); complete it with "
+            f"`hf download {source}`, or give a folder written by save_pretrained"
+        ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -85,14 +98,16 @@ class StableDiffusionPolicy:
         for module in (self.unet, self.vae, pipeline.text_encoder):
             module.requires_grad_(False)
             module.eval()
-        if not isinstance(getattr(self.unet, "peft_config", None), dict):
-            self._add_lora(lora_rank, seed)
+        if ADAPTER in getattr(self.unet, "peft_config", {}):
+            self.unet.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
+        self._add_lora(lora_rank, seed)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()  # diffusers checkpoints in training mode only; SD has no dropout
         size = self.unet.config.sample_size
         self.sample_shape: tuple[int, ...] = (self.unet.config.in_channels, size, size)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.double().cpu()
+        self._levels = _on_device(self.alphas_cumprod, self.device)
         self.prediction_type: str = pipeline.scheduler.config.prediction_type
         self._embeds: dict[str, Tensor] = {}
 
@@ -103,17 +118,20 @@ class StableDiffusionPolicy:
         *,
         revision: str = "main",
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         guidance_scale: float = 5.0,
         lora_rank: int = 8,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> StableDiffusionPolicy:
-        """Load `model` (hub name, folder, or 'tiny-animals'). Raises ConfigError if missing."""
+        """Load `model` (hub name, folder, or 'tiny-animals'). Raises ConfigError if missing.
+
+        device: by default this process's accelerator, or the CPU where there is none.
+        """
         pipeline = load_pipeline(model, revision, dtype)
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
-        pipeline.to(device)
+        pipeline.to(device or PartialState(cpu=not torch.accelerator.is_available()).device)
         return cls(
             pipeline,
             guidance_scale=guidance_scale,
@@ -206,7 +224,7 @@ class StableDiffusionPolicy:
 
     def _eps(self, x: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
         output = self.unet(x.to(self.dtype), timestep, embeds, return_dict=False)[0].to(x.dtype)
-        level = self.alphas_cumprod[timestep.cpu()].to(x.device, x.dtype)
+        level = self._levels[timestep].to(x.dtype)
         return eps_from_model_output(
             output, x, level.reshape(-1, *([1] * (x.ndim - 1))), self.prediction_type
         )

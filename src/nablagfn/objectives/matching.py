@@ -13,12 +13,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import KernelTable, Step
 from ..types import Losses, Policy, Transitions
-from ..value_gradient import Estimator, Evaluated
-
-
-def mean_square(value: Tensor) -> Tensor:
-    """Elementwise mean of squares per sample: [M, ...] -> [M]."""
-    return value.square().flatten(1).mean(1)
+from ..value_gradient import Estimator, Evaluated, mean_square
 
 
 def residual_score(

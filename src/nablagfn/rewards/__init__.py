@@ -1,5 +1,5 @@
 """Rewards: differentiable scores of images; `resolve` finds one by name or import path."""
 
-from .registry import BUILT_IN, resolve
+from .registry import BUILT_IN, NamedReward, named, resolve
 
-__all__ = ["BUILT_IN", "resolve"]
+__all__ = ["BUILT_IN", "NamedReward", "named", "resolve"]

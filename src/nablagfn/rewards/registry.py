@@ -61,7 +61,7 @@ BUILT_IN |= {name: _not_yet(name) for name in ("hpsv2", "imagereward")}
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward that knows the `experiment.reward_fn` that it was found by, for a run's records."""
+    """A reward with its name (`experiment.reward_fn`), whose results are checked."""
 
     name: str
     function: Reward
@@ -69,8 +69,20 @@ class NamedReward:
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
-        """images [B, 3, H, W] -> [B]."""
-        return self.function(images, prompts, metadata)
+        """images [B, 3, H, W] -> [B]. Raises ConfigError when the result is of no use."""
+        value = self.function(images, prompts, metadata)
+        if not isinstance(value, Tensor) or value.shape != (len(images),):
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(
+                f"the reward {self.name} must return a tensor of shape [{len(images)}], one score "
+                f"per image, not {shape}"
+            )
+        if images.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+            raise ConfigError(
+                f"the reward {self.name} has no gradient with respect to the images: remove "
+                "detach(), torch.no_grad() or conversions to numpy or PIL from it"
+            )
+        return value
 
 
 def resolve(spec: str, device: torch.device, weights: str = "") -> NamedReward:
@@ -87,6 +99,14 @@ def resolve(spec: str, device: torch.device, weights: str = "") -> NamedReward:
         f"config.experiment.reward_fn={spec!r} is unknown: did you mean {near}? "
         "(your own: package.module:function)"
     )
+
+
+def named(reward: Reward) -> NamedReward:
+    """Any callable as a checked reward, named by where it can be imported from."""
+    if isinstance(reward, NamedReward):
+        return reward
+    place = reward if hasattr(reward, "__qualname__") else type(reward)
+    return NamedReward(f"{place.__module__}:{place.__qualname__}", reward)
 
 
 def _import(spec: str) -> Reward:
