@@ -26,8 +26,10 @@ modules=$work/npm/node_modules
 
 "$python" "$here/data.py" --modules "$modules" --out "$work/data"
 [ -e "$work/vae.pt" ] || "$python" "$here/train_vae.py" --work "$work" --stage joint
-"$python" "$here/train_vae.py" --work "$work" --stage decoder --minutes 45 --lr 1e-3
+"$python" "$here/train_vae.py" --work "$work" --stage decoder --minutes 20 --lr 1.5e-3
 "$python" "$here/train_critics.py" --work "$work" --modules "$modules"
 "$python" "$here/train_unet.py" --work "$work"
+[ -e "$work/estimates.npy" ] || "$python" "$here/estimates.py" --work "$work"
+"$python" "$here/train_vae.py" --work "$work" --stage polish --minutes 15 --lr 1e-3
 "$python" "$here/export.py" --work "$work" --out "$out"
 "$python" "$here/gate.py" --folder "$out" --out "$work/gate"

@@ -18,9 +18,9 @@ HALF = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
 
 def assemble(work: Path) -> StableDiffusionPipeline:
     """The pipeline from the checkpoints in ``work``."""
-    final = work / "vae-final.pt"
     vae = build_vae()
-    weights = final if final.exists() else work / "vae.pt"
+    stages = ("vae-polish.pt", "vae-decoder.pt", "vae.pt")
+    weights = next(work / name for name in stages if (work / name).exists())
     vae.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     tokenizer = build_tokenizer()
     policy = Policy(tokenizer)

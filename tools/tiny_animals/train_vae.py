@@ -1,9 +1,11 @@
-"""Train tiny-animals' AutoencoderKL, in two stages.
+"""Train tiny-animals' AutoencoderKL, in three stages.
 
 ``joint``: encoder and decoder together. Instead of a KL term the latents are normalised per
 channel and get a little noise, so that the decoder forgives small errors of the U-Net.
 ``decoder``: the encoder is frozen (the U-Net can start on its latents) and the decoder alone is
 refined, in the end with a perceptual term.
+``polish``: the same on the U-Net's own estimates of latents (``estimates.py``), so that the decoder
+draws crisp pictures from them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 
 CHANNELS = 16
 LATE = 0.6  # share of the decoder's time after which the perceptual term joins
-NOISE = 0.2  # largest noise on the normalised latents while training
+NOISE = 0.2  # largest noise on the normalised latents in the joint stage
+DECODER_NOISE = 0.4  # and in the decoder's: it learns to clean the U-Net's small errors
 
 
 def build() -> AutoencoderKL:
@@ -139,51 +142,67 @@ def train_joint(vae: AutoencoderKL, args, images: np.ndarray, device: torch.devi
     save_atomic(vae.state_dict(), args.work / "vae.pt")
 
 
+class Latents:
+    """What the decoder is trained on: noisy latents of pictures, or the U-Net's estimates."""
+
+    def __init__(self, vae: AutoencoderKL, estimates: np.ndarray | None) -> None:
+        self.vae, self.estimates = vae, estimates
+
+    @torch.no_grad()
+    def __call__(self, pick: np.ndarray, x: Tensor) -> Tensor:
+        """Latents [B, 16, 8, 8] for pictures ``x`` with the numbers ``pick``."""
+        z = mean_of(self.vae, x)
+        level = DECODER_NOISE * torch.rand(len(z), 1, 1, 1, device=x.device)
+        if self.estimates is not None:
+            guess = torch.from_numpy(self.estimates[pick]).to(x)
+            use = torch.rand(len(z), 1, 1, 1, device=x.device) < 0.7
+            z, level = torch.where(use, guess, z), torch.where(use, level / 4, level)
+        return z + level * torch.randn_like(z)
+
+
 def train_decoder(vae: AutoencoderKL, args, images: np.ndarray, device: torch.device) -> None:
-    """The decoder alone, on the frozen encoder's latents; writes ``vae-final.pt``."""
-    vae.load_state_dict(torch.load(args.work / "vae.pt", map_location=device, weights_only=True))
+    """The decoder alone, the encoder frozen; writes ``vae-decoder.pt`` or ``vae-polish.pt``."""
+    polish = args.stage == "polish"
+    before, path = ("vae-decoder.pt" if polish else "vae.pt"), args.work / f"vae-{args.stage}.pt"
+    vae.load_state_dict(torch.load(args.work / before, map_location=device, weights_only=True))
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    features = Features().to(device)
-    average = Average(vae, 0.998)
-    params = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = Muon(params, lr=args.lr)
-    run = Run(
-        args.work / "vae-decoder.ckpt", {"vae": vae}, optimizer, {"vae": average}, args.minutes
-    )
+    latents = Latents(vae, np.load(args.work / "estimates.npy") if polish else None)
+    features, average = Features().to(device), Average(vae, 0.998)
+    optimizer = Muon([p for p in vae.parameters() if p.requires_grad], lr=args.lr)
+    checkpoint = args.work / f"vae-{args.stage}.ckpt"
+    run = Run(checkpoint, {"vae": vae}, optimizer, {"vae": average}, args.minutes)
     for step in run.steps():
         rng = np.random.default_rng((args.seed + 1, step))
-        x = to_images(images[np.sort(rng.choice(len(images), args.batch, False))], device)
-        x = x.to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            z = mean_of(vae, x)
-            z = z + NOISE * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(z)
-        picture = vae.decode(z).sample / 2 + 0.5
+        pick = np.sort(rng.choice(len(images), args.batch, False))
+        x = to_images(images[pick], device).to(memory_format=torch.channels_last)
+        picture = vae.decode(latents(pick, x)).sample / 2 + 0.5
         parts = losses(picture, x)
         loss = parts["l1"] + 2 * parts["mse"] + 0.5 * parts["edge"]
         if run.elapsed > LATE * run.budget:
             parts["features"] = features(picture, x)
             loss = loss + args.perceptual * parts["features"]
         run.update(loss, parts)
-        if step % 500 == 499:
-            save_atomic(average.values, args.work / "vae-final.pt")
+        if step % 200 == 199:
+            save_atomic(average.values, path)
     vae.load_state_dict(average.values)
     print(f"PSNR {psnr(vae, images[-512:], device):.2f} dB", flush=True)
-    save_atomic(vae.state_dict(), args.work / "vae-final.pt")
+    save_atomic(vae.state_dict(), path)
 
 
 def main() -> None:
     """Train one stage."""
     p = parser(__doc__, minutes=35, lr=2e-3, batch=24)
-    p.add_argument("--stage", choices=("joint", "decoder"), default="joint")
+    p.add_argument("--stage", choices=("joint", "decoder", "polish"), default="joint")
     p.add_argument("--perceptual", type=float, default=1.0)
     args = p.parse_args()
     device = device_for(args.threads)
     torch.manual_seed(args.seed)
-    kind = {"joint": "random", "decoder": "modes"}[args.stage]
+    kind = "random" if args.stage == "joint" else "modes"
     images = np.asarray(load(Path(args.work) / "data" / kind).images)
     vae = build().to(device, memory_format=torch.channels_last)
-    {"joint": train_joint, "decoder": train_decoder}[args.stage](vae, args, images, device)
+    train = train_joint if args.stage == "joint" else train_decoder
+    train(vae, args, images, device)
 
 
 if __name__ == "__main__":
