@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,3 +264,25 @@ def test_missing_weights_are_named_before_anything_is_written(tmp_path: Path) ->
     assert "runwayml/stable-diffusion-v1-5" in done.stderr
     assert "tiny-animals" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    """As printed, with one epoch instead of five."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.M | re.S)
+    assert "num_epochs = 5" in code and len(code.strip().splitlines()) <= 10
+    code = code.replace("num_epochs = 5", "num_epochs = 1")
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "colourfulness_seed0"
+    assert json.loads((folder / "config.json").read_text())["pretrained"]["model"] == "tiny-animals"
+    assert (folder / "report.html").is_file()
+
+
+def test_the_fourth_command_is_in_the_readme_as_tested() -> None:
+    """All four, word for word."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(torchrun.*?)^```", readme, flags=re.M | re.S)
+    shown = [block.replace("\\\n", " ").split("train_nablagfn.py")[1].split() for block in blocks]
+    assert shown == [line.split() for _, line in ORIGINAL.values()]
