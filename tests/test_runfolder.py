@@ -11,9 +11,15 @@ import torch
 from torch import nn
 
 from nablagfn import runfolder
-from nablagfn.checkpoint import CheckpointIO, Position, checkpoints, load_policy
+from nablagfn.checkpoint import CheckpointIO, Position, load_policy
 from nablagfn.config import Config, ConfigError
-from nablagfn.runfolder import RunFolder, check_same_settings, fresh_folder, run_folder
+from nablagfn.runfolder import (
+    RunFolder,
+    check_same_settings,
+    complete_checkpoints,
+    fresh_folder,
+    run_folder,
+)
 from tests.worlds import MixtureWorld, randomise
 
 # -------------------------------------------------------------------------------- atomic writes
@@ -274,7 +280,7 @@ def test_partial_checkpoints_are_ignored_and_replaced(
         patch.setattr("nablagfn.checkpoint.os.replace", crash)
         with pytest.raises(KeyboardInterrupt):
             parts.save(Position(0, 2, 0.0))
-    assert [path.name for path in checkpoints(tmp_path)] == ["update_000001"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["update_000001"]
     assert parts.load_latest().update == 1
     parts.save(Position(0, 2, 0.0))
     assert names(tmp_path) == ["update_000001", "update_000002"]
@@ -285,5 +291,5 @@ def test_other_things_in_the_folder_are_no_checkpoints(tmp_path: Path, stray: st
     parts = make_checkpoints(tmp_path)
     parts.save(Position(0, 1, 0.0))
     (tmp_path / stray).mkdir()
-    assert [path.name for path in checkpoints(tmp_path)] == ["update_000001"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["update_000001"]
     assert parts.load_latest().update == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import pictures, rewards
-from .checkpoint import checkpoints, load_policy
+from .checkpoint import load_policy
 from .config import Config, ConfigError
 from .distributed import from_main_process, process_state, weight_dtype
 from .evaluation import draw
@@ -16,7 +16,7 @@ from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
 from .prompts import PromptSet, load_prompts
-from .runfolder import RunFolder
+from .runfolder import RunFolder, complete_checkpoints
 from .runlog import make_accelerator
 from .trainer import Trainer
 
@@ -65,7 +65,7 @@ def side_by_side(
     Raises ConfigError when the run has no (such) checkpoint.
     """
     config = folder.config()
-    found = {path.name: path for path in checkpoints(folder.checkpoints)}
+    found = {path.name: path for path in complete_checkpoints(folder.checkpoints)}
     if not found or (checkpoint and checkpoint not in found):
         raise ConfigError(
             f"{folder.path} has no checkpoint {checkpoint or 'yet'}; there is: "

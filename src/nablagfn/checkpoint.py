@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .runfolder import complete_checkpoints
 from .types import Policy
-
-PREFIX = "update_"
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class CheckpointIO:
 
     def save(self, position: Position) -> Path:
         """Write a checkpoint; it appears under its name only when complete."""
-        target = self.folder / f"{PREFIX}{position.update:06d}"
+        target = self.folder / f"update_{position.update:06d}"
         temporary = self.folder / f".{target.name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -72,7 +70,7 @@ class CheckpointIO:
         if target.exists():  # written by a run that was killed after this very point
             _remove(target)
         os.replace(temporary, target)
-        for old in checkpoints(self.folder)[: -self.limit]:
+        for old in complete_checkpoints(self.folder)[: -self.limit]:
             _remove(old)
         return target
 
@@ -96,7 +94,7 @@ class CheckpointIO:
 
     def load_latest(self) -> Position:
         """Restore the newest checkpoint; the start of the run when there is none."""
-        found = checkpoints(self.folder)
+        found = complete_checkpoints(self.folder)
         if not found:
             return Position()
         newest = found[-1]
@@ -111,12 +109,6 @@ class CheckpointIO:
 def load_policy(policy: Policy, checkpoint: Path) -> None:
     """Restore θ only, for sampling."""
     policy.load_state_dict(load_file(checkpoint / "policy.safetensors"))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(PREFIX + r"\d{6,}", path.name))
 
 
 def _remove(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -131,6 +132,12 @@ class RunFolder:
         """Drop rows of updates after the checkpoint that a resumed run starts from."""
         kept = [row for row in self.metrics() if row["update"] <= updates]
         write_atomic(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first; whatever else lies there is none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"update_\d{6,}", path.name))
 
 
 def run_folder(config: Config, exp_name: str) -> RunFolder:

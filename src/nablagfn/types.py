@@ -114,16 +114,6 @@ class Reward(Protocol):
         ...
 
 
-class Flow(Protocol):
-    """g_φ: the learned residual of ∇ log F̃; exactly zero at initialisation."""
-
-    def __call__(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """x [M, ...], timestep [M] integers (0 = clean); returns [M, ...] in float32."""
-        ...
-
-    def parameters(self) -> Any: ...
-
-
 class Policy(Protocol):
     """A pretrained diffusion model with a trainable adapter, seen as an ε-predictor."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from ..config import Config, flatten
-from ..runfolder import RunFolder, write_atomic
+from ..runfolder import RunFolder, complete_checkpoints, write_atomic
 from .curves import PANELS, draw
 
 
@@ -41,7 +41,7 @@ def build(folder: RunFolder) -> Path:
         settings=[(k, v, v != defaults[k]) for k, v in flatten(config).items()],
         versions=folder.read_json("versions.json") or {},
         updates=rows[-1]["update"] if rows else 0,
-        checkpoint=max((p.name for p in folder.checkpoints.glob("update_*")), default=""),
+        checkpoint=max((p.name for p in complete_checkpoints(folder.checkpoints)), default=""),
         minutes=rows[-1]["seconds"] / 60 if rows else 0.0,
     )
     write_atomic(folder.report, html)

@@ -18,7 +18,7 @@ class TinyAesthetic:
     """How much a picture looks like the glossy 3-D style; ignores the prompt."""
 
     def __init__(self, device: torch.device) -> None:
-        self.net = AestheticCritic.from_folder(CRITICS).to(device).requires_grad_(False).eval()
+        self.net = AestheticCritic.from_folder(CRITICS).to(device)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -31,7 +31,7 @@ class TinyAlignment:
     """How well a picture fits its prompt (contrastive image-text score)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.net = AlignmentCritic.from_folder(CRITICS).to(device).requires_grad_(False).eval()
+        self.net = AlignmentCritic.from_folder(CRITICS).to(device)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
