@@ -1,0 +1,1 @@
+"""The packaged worlds: every file here defines `WORLD`; its name, - for _, is the world's."""

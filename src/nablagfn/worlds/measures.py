@@ -1,0 +1,95 @@
+"""Distances between samples of a policy and of its target. Pure functions; no policy, no world.
+
+n rows x [n, d] of the policy, m rows y [m, d] of the target.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PROJECTIONS = 128
+
+
+def rbf_widths(y: Tensor) -> tuple[float, ...]:
+    """¼, ½ and 1 times the median distance between rows of y [m, d] (Gretton et al. 2012, §8)."""
+    median = float(torch.pdist(y.double()).median())
+    return (median / 4, median / 2, median)
+
+
+def mmd2(x: Tensor, y: Tensor, widths: tuple[float, ...], *, unbiased: bool = False) -> Tensor:
+    """Squared maximum mean discrepancy, a scalar: mean k(x,x') + mean k(y,y') − 2·mean k(x,y).
+
+    k(a,b) = mean over widths w of exp(−‖a−b‖²/(2w²)), so values lie in [0, 2]. By default the
+    V-statistic: pairs of a row with itself count, so it is ≥ 0 and two samples of one
+    distribution give about (1 − E k)·(1/n + 1/m). `unbiased`: the U-statistic without those
+    pairs, about 0 then and at times below (Gretton et al. 2012, eq. 3 and 5).
+    x: [n, d], y: [m, d], n, m ≥ 2.
+    """
+    x, y = x.double(), y.double()
+    across = _mean_kernel(torch.cdist(x, y), widths)
+    return _within(x, widths, unbiased) + _within(y, widths, unbiased) - 2 * across
+
+
+def _mean_kernel(distance: Tensor, widths: tuple[float, ...]) -> Tensor:
+    """Mean of k over all given distances."""
+    square = distance.square()
+    return torch.stack([(square / (-2 * w**2)).exp_().mean() for w in widths]).mean()
+
+
+def _within(a: Tensor, widths: tuple[float, ...], unbiased: bool) -> Tensor:
+    """Mean of k over pairs of rows of one sample; k of a row with itself is 1."""
+    pairs = _mean_kernel(torch.pdist(a), widths)
+    return pairs if unbiased else (1 + (len(a) - 1) * pairs) / len(a)
+
+
+def sliced_wasserstein(
+    x: Tensor, y: Tensor, projections: int, generator: torch.Generator
+) -> Tensor:
+    """Sliced Wasserstein-2 distance, a scalar ≥ 0 in the unit of x (Bonneel et al. 2015).
+
+    √(mean over random unit directions u of W₂²(uᵀx, uᵀy)); in one dimension W₂² is the mean
+    squared difference of the sorted values. Two point masses at distance δ have δ/√d on average.
+    x, y: [n, d] of equal size. Raises ValueError for different sizes.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"sliced_wasserstein needs samples of equal size, not {len(x)}, {len(y)}")
+    u = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
+    u = (u / u.norm(dim=0)).to(x.device)
+    along_x, along_y = (x.double() @ u).sort(0).values, (y.double() @ u).sort(0).values
+    return (along_x - along_y).square().mean().sqrt()
+
+
+def mode_masses(modes: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Share of each mode, [count] float64, sum 1. modes [n] in 0..count-1; weights [n], sum 1."""
+    weights = (
+        torch.full_like(modes, 1 / len(modes), dtype=torch.float64)
+        if (weights is None)
+        else weights.double()
+    )
+    return torch.zeros(count, dtype=torch.float64, device=modes.device).index_add_(
+        0, modes, weights
+    )
+
+
+def mode_mass_kl(masses: Tensor, target_masses: Tensor) -> Tensor:
+    """KL(sample‖target) = Σ_k q_k log(q_k/p_k) in nats, a scalar ≥ 0; empty modes count 0.
+
+    masses q, target_masses p: [K], sum 1. Infinite where p has no mass but q has. n draws of the
+    target itself give about (K − 1)/(2n).
+    """
+    used = masses > 0
+    return (masses[used] * (masses[used] / target_masses[used]).log()).sum()
+
+
+def gaussian_kl(mean: Tensor, cov: Tensor, target_mean: Tensor, target_cov: Tensor) -> Tensor:
+    """KL(N(mean, cov)‖N(target_mean, target_cov)) in nats, a scalar ≥ 0.
+
+    ½[tr(Σ_t⁻¹Σ) + (μ_t − μ)ᵀΣ_t⁻¹(μ_t − μ) − d + log(det Σ_t/det Σ)].
+    Means [d], covariances [d, d], positive definite.
+    """
+    away = target_mean - mean
+    trace = torch.linalg.solve(target_cov, cov).diagonal().sum()
+    square = away @ torch.linalg.solve(target_cov, away)
+    log_det = torch.logdet(target_cov) - torch.logdet(cov)
+    return (trace + square - len(mean) + log_det) / 2

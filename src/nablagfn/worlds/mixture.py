@@ -1,0 +1,157 @@
+"""Gaussian mixtures with their exact ε, quadratic rewards, and the tilted mixture in closed form.
+
+K components, d dimensions, P prompts, M rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """p(x) = Σ_k w_k N(x; μ_k, diag(v)); all components share the variances v. K = 1: a Gaussian.
+
+    means: [K, d]. weights: [K], positive, sum 1. variances: [d], positive.
+    """
+
+    means: Tensor
+    weights: Tensor
+    variances: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.means.shape[1]
+
+    def __len__(self) -> int:
+        """K, the number of components."""
+        return len(self.weights)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Mixture:
+        return Mixture(
+            self.means.to(device, dtype),
+            self.weights.to(device, dtype),
+            self.variances.to(device, dtype),
+        )
+
+    def noised(self, alpha_bar: float) -> Mixture:
+        """The distribution of √ᾱ·x + √(1−ᾱ)·z, again a mixture."""
+        return Mixture(
+            math.sqrt(alpha_bar) * self.means,
+            self.weights,
+            alpha_bar * self.variances + (1 - alpha_bar),
+        )
+
+    def log_density(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
+        """log p of the noised mixture in nats; x [M, d], alpha_bar [M, 1] (0..1) -> [M]."""
+        variance = alpha_bar * self.variances + (1 - alpha_bar)
+        away = x[:, None] - alpha_bar.sqrt()[..., None] * self.means
+        normal = (away.square() / variance[:, None]).sum(-1) + (2 * math.pi * variance).log().sum(
+            -1, keepdim=True
+        )
+        return (self.weights.log() - normal / 2).logsumexp(1)
+
+    def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
+        """ε = −√(1−ᾱ)·∇ log p = √(1−ᾱ)·(x − √ᾱ·Σ_k s_k(x) μ_k)/v_ᾱ, [M, d].
+
+        s_k(x) is the posterior probability of component k and v_ᾱ = ᾱ·v + 1 − ᾱ. The hot loop of
+        every world: the squares are multiplied out, so that no [M, K, d] appears.
+        x: [M, d]. alpha_bar: [M, 1], above 0 and below 1.
+        """
+        signal, noise = alpha_bar.sqrt(), 1 - alpha_bar
+        variance = alpha_bar * self.variances + noise
+        if len(self) == 1:
+            return noise.sqrt() * (x - signal * self.means) / variance
+        across = (signal * x / variance) @ self.means.T
+        own = (alpha_bar / variance) @ self.means.square().T
+        share = (self.weights.log() + across - own / 2).softmax(1)
+        return noise.sqrt() * (x - signal * (share @ self.means)) / variance
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [d] and covariance [d, d]; of the noised mixture: `noised(ᾱ).moments()`."""
+        mean = self.weights @ self.means
+        away = self.means - mean
+        return mean, (self.weights[:, None] * away).T @ away + self.variances.diag()
+
+    def mode_of(self, x: Tensor) -> Tensor:
+        """Index of the nearest component mean, x [M, d] -> [M] in 0..K-1."""
+        return torch.cdist(x, self.means.to(x.device, x.dtype)).argmin(1)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent draws, [count, d]."""
+        k = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        z = torch.randn(count, self.dim, generator=generator, dtype=self.means.dtype)
+        return self.means[k] + self.variances.sqrt() * z
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """The reward r(x, p) = b_pᵀx − ½·xᵀA_p x of prompt p.
+
+    b: [P, d]. A: [P, d, d], symmetric; zero for a linear reward.
+    """
+
+    b: Tensor
+    A: Tensor
+
+    @staticmethod
+    def linear(b: Tensor) -> Quadratic:
+        """r(x, p) = b_pᵀx; b [P, d]."""
+        return Quadratic(b, b.new_zeros(*b.shape, b.shape[1]))
+
+    def __call__(self, x: Tensor, prompt: Tensor) -> Tensor:
+        """x [M, d], prompt [M] integers in 0..P-1 -> [M], in the dtype of x; differentiable."""
+        b, A = self.b.to(x.device, x.dtype)[prompt], self.A.to(x.device, x.dtype)[prompt]
+        return (x * (b - (A @ x[..., None])[..., 0] / 2)).sum(1)
+
+    def gradient(self, x: Tensor, prompt: Tensor) -> Tensor:
+        """∇r = b_p − A_p x, [M, d]."""
+        b, A = self.b.to(x.device, x.dtype)[prompt], self.A.to(x.device, x.dtype)[prompt]
+        return b - (A @ x[..., None])[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Tilted:
+    """Gaussians of one full covariance: weights [K], means [K, d], covariance [d, d].
+
+    The components of a tilted `Mixture` share it, as they shared the variances.
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariance: Tensor
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [d] and covariance [d, d] of the whole."""
+        mean = self.weights @ self.means
+        away = self.means - mean
+        return mean, (self.weights[:, None] * away).T @ away + self.covariance
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent draws, [count, d]."""
+        k = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        z = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[k] + z @ torch.linalg.cholesky(self.covariance).T
+
+
+def tilted(mixture: Mixture, reward: Quadratic, prompt: int, beta: float) -> Tilted:
+    """p(x)·exp(β·r(x, prompt))/Z in closed form, by completing the square in each component.
+
+    Λ = diag(1/v) + βA, μ'_k = Λ⁻¹(μ_k/v + βb), w'_k ∝ w_k·exp(½ μ'_kᵀΛμ'_k − ½ μ_kᵀ(μ_k/v)).
+    Raises ValueError when Λ is not positive definite: the tilted density has no finite integral.
+    """
+    b, A = reward.b[prompt].to(mixture.means), reward.A[prompt].to(mixture.means)
+    precision = (1 / mixture.variances).diag() + beta * A
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if failed:
+        raise ValueError(f"p·exp(βr) has no finite integral at β = {beta}: lower β")
+    covariance = torch.cholesky_inverse(factor)
+    pull = mixture.means / mixture.variances + beta * b
+    means = pull @ covariance
+    before = (mixture.means.square() / mixture.variances).sum(1)
+    log_weights = mixture.weights.log() + ((pull * means).sum(1) - before) / 2
+    return Tilted(log_weights.softmax(0), means, covariance)

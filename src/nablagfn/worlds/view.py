@@ -1,0 +1,79 @@
+"""How samples of a world are looked at: as points, against the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels import KernelTable
+from . import plot
+from .measure import measure, of_prompt
+from .target import COUNT, Target
+from .world import World
+
+FEWEST = 100  # samples of a prompt below which nothing is measured
+
+
+class WorldView:
+    """A `View` of the samples that the sampler `table` draws in a world.
+
+    count: base samples behind the target. They are drawn when first needed, on `device`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        table: KernelTable,
+        *,
+        count: int = COUNT,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.world = world
+        self.table = table
+        self.count = count
+        self.device = device
+        self._targets: dict[str, Target] = {}
+
+    def target(self, prompt: str) -> Target:
+        """The target of one prompt. Raises ConfigError for an unknown prompt."""
+        if prompt not in self._targets:
+            self._targets[prompt] = Target.of(
+                self.world, self.table, prompt, count=self.count, device=self.device
+            )
+        return self._targets[prompt]
+
+    def features(self, images: Tensor) -> Tensor:
+        """The sample itself, [B, ...] -> [B, D]."""
+        return images.flatten(1)
+
+    def measures(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """The figures of `worlds.measure.measure`; none below 100 samples of some prompt.
+
+        images: samples [B, d]; prompts: one each.
+        """
+        samples = _by_prompt(images, prompts)
+        if min(map(len, samples.values())) < FEWEST:
+            return {}
+        return measure({prompt: self.target(prompt) for prompt in samples}, samples)
+
+    def save(self, images: Tensor, prompts: Sequence[str], path: Path, columns: int) -> None:
+        """Target and samples side by side as a PNG; `columns` is for pictures and ignored."""
+        samples = _by_prompt(images, prompts)
+        targets = {prompt: self.target(prompt) for prompt in samples}
+        figures = {
+            prompt: of_prompt(targets[prompt], x)
+            for prompt, x in samples.items()
+            if len(x) >= FEWEST
+        }
+        plot.side_by_side(targets, samples, figures, path)
+
+
+def _by_prompt(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The rows of each prompt, in the order of first appearance."""
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(i)
+    return {prompt: images[torch.tensor(own, device=images.device)] for prompt, own in rows.items()}

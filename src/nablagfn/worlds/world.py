@@ -1,0 +1,87 @@
+"""The record that a world file defines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from .mixture import Mixture, Quadratic, tilted
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """A pretrained density, a reward per prompt, and β: the target is p_pretrained·exp(βr).
+
+    title: one line for plots and tables. prompts: P distinct strings. name: given by `load`.
+    Tensors are CPU float64. Raises ValueError when shapes or values do not fit.
+    """
+
+    title: str
+    mixture: Mixture
+    reward: Quadratic
+    beta: float
+    prompts: tuple[str, ...]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        count, dim = self.mixture.means.shape
+        shapes = {
+            "weights": (self.mixture.weights, (count,)),
+            "variances": (self.mixture.variances, (dim,)),
+            "reward.b": (self.reward.b, (len(self.prompts), dim)),
+            "reward.A": (self.reward.A, (len(self.prompts), dim, dim)),
+        }
+        for what, (value, shape) in shapes.items():
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{what} must have the shape {shape}, not {tuple(value.shape)}")
+        weights, A = self.mixture.weights, self.reward.A
+        if not (bool((weights > 0).all()) and abs(float(weights.sum()) - 1) < 1e-9):
+            raise ValueError("the weights must be positive and sum to 1")
+        if not bool((self.mixture.variances > 0).all()):
+            raise ValueError("the variances must be positive")
+        if not torch.equal(A, A.mT):
+            raise ValueError("reward.A must be symmetric")
+        if len(set(self.prompts)) < len(self.prompts) or not self.prompts:
+            raise ValueError("the prompts must be distinct, and at least one")
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, not {self.beta}")
+        for prompt in range(len(self.prompts)):
+            tilted(self.mixture, self.reward, prompt, self.beta)  # raises if not normalisable
+
+    def called(self, name: str) -> World:
+        """The same world with its name."""
+        return replace(self, name=name)
+
+    @property
+    def dim(self) -> int:
+        return self.mixture.dim
+
+    def rows(self, prompts: Sequence[str]) -> Tensor:
+        """Index of each prompt, [B] int64 in 0..P-1. Raises ConfigError for an unknown one."""
+        place = {prompt: i for i, prompt in enumerate(self.prompts)}
+        unknown = [prompt for prompt in prompts if prompt not in place]
+        if unknown:
+            raise ConfigError(
+                f"'{unknown[0]}' is no prompt of the world {self.name or self.title}: it knows "
+                + ", ".join(f"'{prompt}'" for prompt in self.prompts)
+            )
+        return torch.tensor([place[prompt] for prompt in prompts], dtype=torch.long)
+
+
+def ring(modes: int, radius: float, std: float) -> Mixture:
+    """`modes` equal Gaussians on a circle in the plane, the first at (radius, 0)."""
+    angle = torch.arange(modes, dtype=torch.float64) * (2 * torch.pi / modes)
+    return Mixture(
+        means=radius * torch.stack([angle.cos(), angle.sin()], 1),
+        weights=torch.full((modes,), 1 / modes, dtype=torch.float64),
+        variances=torch.full((2,), std**2, dtype=torch.float64),
+    )
+
+
+def vector(*values: float) -> Tensor:
+    """A float64 vector; `torch.stack` or [None] makes the [P, d] of a reward from it."""
+    return torch.tensor(values, dtype=torch.float64)
