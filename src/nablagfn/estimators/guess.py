@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import nn
 
 from ..lookahead import Attenuation, LogReward, guess
 from ..types import Policy
-from ..value_gradient import Estimate, Evaluated, mean_square
+from ..value_gradient import Estimate, Estimator, Evaluated, mean_square
 
 
-class Guess:
-    """Nothing learned beside the policy: cheapest in memory, biased at early steps."""
+class Guess(Estimator):
+    """Nothing learned beside the policy: cheapest in memory, biased at early steps.
+
+    frozen_guess: x̂ of the pretrained model instead of the finetuned one.
+    """
 
     needs_input_graph = False
 
-    def __init__(self, policy: Policy, log_reward: LogReward, mode: Attenuation) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        log_reward: LogReward,
+        mode: Attenuation,
+        *,
+        frozen_guess: bool = False,
+    ) -> None:
         self.policy = policy
         self.log_reward = log_reward
         self.mode = mode
+        self.frozen_guess = frozen_guess
         self.modules = nn.ModuleDict()
 
     def __call__(self, here: Evaluated) -> Estimate:
         """One reward gradient at x_{k+1}, detached."""
         batch = here.batch
-        value = guess(
-            self.log_reward, self.policy, batch.x_next, here.k, batch.condition, self.mode
-        )
+        with self.policy.reference() if self.frozen_guess else nullcontext():
+            value = guess(
+                self.log_reward, self.policy, batch.x_next, here.k, batch.condition, self.mode
+            ).gradient
         return Estimate(value, metrics={"guess_sq": mean_square(value)})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..lookahead import Attenuation, LogReward, attenuation, guess
 from ..types import Policy
-from ..value_gradient import Estimate, Evaluated, mean_square
+from ..value_gradient import Estimate, Estimator, Evaluated, mean_square
 
 
 def reverse_score(x: Tensor, x_next: Tensor, eps: Tensor, k: kernels.Step) -> Tensor:
@@ -35,7 +35,7 @@ def reverse_cotangent(x_next: Tensor, m: Tensor, k: kernels.Step) -> Tensor:
     return ((x_next - m) / k.std**2).detach()
 
 
-class ResidualDB:
+class ResidualDB(Estimator):
     """The paper's estimator. reverse_scale: w_B; strength: s multiplies log p_# only."""
 
     needs_input_graph = True
@@ -62,7 +62,9 @@ class ResidualDB:
         """v̂ with the flow's own reverse and terminal losses."""
         batch, k = here.batch, here.k
         target = self.reverse_target(here)  # first: it frees the frozen model's graph
-        known = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
+        known = guess(
+            self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode
+        ).gradient
         learned = self.flow(batch.x_next, k.timestep_next, batch.condition)
         reverse = target + self.flow(batch.x, k.timestep, batch.condition)
         at_end = k.last.to(learned.dtype)

@@ -1,0 +1,158 @@
+"""∇-DB(λ): the flow network is fitted to the λ-return of value gradients (docs/nabla_db_lambda.md).
+
+    V(x_k) = β·γ_k·∇r(x̂(x_k)) + g_φ(x_k),   V(x_N) = β∇r(x_N)
+    v̂(x_{k+1}) = v_{k+1} = (1−λ)·V(x_{k+1}) + λ·G_{k+1}
+    own loss: ‖ w_k [ V(x_k) − G_k ] ‖²,      G_k = J_{m_#}(x_k)ᵀ v_{k+1}, detached
+
+v̂ is detached: θ is fitted to it by the matching loss, φ by its own loss only. λ = 0 needs the
+chosen transitions alone. λ > 0 sweeps the rest of each path; or, with `window`, only the chosen
+transitions, which are then neighbours, and V ends the return where the window ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..bellman import Returns, lambda_returns, sweep
+from ..kernels import KernelTable, Step
+from ..lookahead import Attenuation, LogReward, attenuation, guess
+from ..types import Condition, Policy, Selection
+from ..value_gradient import (
+    Estimate,
+    Estimator,
+    Evaluated,
+    StepWeight,
+    mean_square,
+    step_weight,
+)
+
+
+class NablaDBLambda(Estimator):
+    """flow: g_φ, or None for the guess alone (λ = 1 over whole paths has no use for it). hint: g_φ
+    also sees the guess's x̂(x), which is at hand.
+
+    frozen_guess: x̂ of the pretrained model (one backward pass then serves the guess and the
+    Bellman target at x_k) or of the finetuned one. window: transitions are chosen as a window.
+    chunk: paths per sweep.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        log_reward: LogReward,
+        table: KernelTable,
+        mode: Attenuation,
+        flow: nn.Module | None,
+        *,
+        lam: float,
+        weight: StepWeight,
+        frozen_guess: bool,
+        window: bool = False,
+        hint: bool = False,
+        chunk: int,
+    ) -> None:
+        self.policy = policy
+        self.log_reward = log_reward
+        self.table = table
+        self.mode = mode
+        self.flow = flow
+        self.lam = lam
+        self.weight = weight
+        self.frozen_guess = frozen_guess
+        self.sweeps = window or lam > 0
+        self.window = window
+        self.hint = hint
+        self.chunk = chunk
+        self.needs_input_graph = flow is not None
+        self.modules = nn.ModuleDict({} if flow is None else {"flow": flow})
+
+    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+        """G_k and v_{k+1} of every chosen transition, where a sweep is needed."""
+        if not self.sweeps:
+            return {}
+        count = len(chosen.paths.condition)
+        if self.window:
+            steps = chosen.step.reshape(count, -1)
+            first, length = steps[:, 0], steps.shape[1]
+        else:
+            start = int(chosen.step.min()) + (self.flow is None)
+            first, length = torch.full((count,), start), self.table.num_steps - start
+        found = sweep(chosen, first, length, self.chunk, self.returns)
+        return {"return": found.here, "return_next": found.after}
+
+    def returns(self, x: Tensor, first: Tensor, condition: Condition) -> Returns:
+        """The λ-return over a stretch of paths that ends in V: β∇r(x_N) at the clean end."""
+        into_end = self.table.at(first + x.shape[1] - 2, x[:, -1])
+        end = self.value(x[:, -1], into_end, condition)
+        value = self.value if self.lam < 1 else None
+        return lambda_returns(
+            self.policy, self.table, x, first, condition, end, lam=self.lam, value=value
+        )
+
+    def __call__(self, here: Evaluated) -> Estimate:
+        """v̂(x_{k+1}), and the flow's own loss at x_k."""
+        batch = here.batch
+        if not self.sweeps:
+            v = self.value(batch.x_next, here.k, batch.condition)
+        else:
+            v = batch.signals["return_next"]
+        metrics = {"value_gradient_sq": mean_square(v)}
+        if self.flow is None:
+            return Estimate(v, metrics=metrics)
+        hint = (self._x_clean(here).detach(),) if self.hint else ()
+        learned = self.flow(batch.x, here.k.timestep, batch.condition, *hint)
+        error = step_weight(here.k, self.weight) * (learned - self.flow_target(here, v))
+        metrics["flow_sq"] = mean_square(learned.detach())
+        return Estimate(v, terms={"bellman": mean_square(error)}, metrics=metrics)
+
+    def value(self, x_next: Tensor, k: Step, condition: Condition) -> Tensor:
+        """V(x_{k+1}), detached, [M, ...]; exact at the clean end."""
+        with self._guessing():
+            known = guess(self.log_reward, self.policy, x_next, k, condition, self.mode)
+        if self.flow is None:
+            return known.gradient
+        hint = (known.x_clean,) if self.hint else ()
+        with torch.no_grad():
+            learned = self.flow(x_next, k.timestep_next, condition, *hint)
+        return known.gradient + torch.where(_rows(k.last, learned), 0.0, learned)
+
+    def flow_target(self, here: Evaluated, v: Tensor) -> Tensor:
+        """G_k − β·γ_k·∇r(x̂(x_k)), detached, [M, ...].
+
+        Without a sweep and with the frozen guess both terms pass through the same ε_#(x_k): one
+        backward pass with both cotangents.
+        """
+        with torch.enable_grad():
+            value = self.log_reward(self._x_clean(here), here.batch.condition)
+            m = kernels.mean(here.x, here.eps_ref, here.k)
+        gamma = attenuation(here.k.alpha_bar, self.mode).flatten().to(value.dtype)
+        with self.policy.reference() if self.frozen_guess else nullcontext():
+            if self.sweeps:
+                (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
+                return here.batch.signals["return"] - known
+            if self.frozen_guess:
+                (difference,) = torch.autograd.grad((m, value), here.x, (v, -gamma))
+                return difference
+        (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
+        with self.policy.reference():
+            (back,) = torch.autograd.grad(m, here.x, v)
+        return back - known
+
+    def _x_clean(self, here: Evaluated) -> Tensor:
+        """x̂(x_k) of the model that guesses, [M, ...]."""
+        eps = here.eps_ref if self.frozen_guess else here.eps
+        return kernels.predict_clean(here.x, eps, here.k.alpha_bar)
+
+    def _guessing(self) -> AbstractContextManager[None]:
+        """Where `policy.eps` is the model that guesses."""
+        return self.policy.reference() if self.frozen_guess else nullcontext()
+
+
+def _rows(flags: Tensor, like: Tensor) -> Tensor:
+    """[M] booleans shaped to broadcast against `like` [M, ...]."""
+    return flags.reshape(-1, *([1] * (like.ndim - 1)))
