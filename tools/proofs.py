@@ -1,0 +1,178 @@
+"""Run every method on every exact world by the command line, and write docs/proofs.md from it.
+
+    python tools/proofs.py --out runs/proofs            # an hour on two cores
+
+Each run is `nablagfn train --config=worlds/NAME` with options; finished runs are kept, so that an
+interrupted proof goes on where it stopped. Everything in docs/proofs.md comes from their files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads each would crawl
+
+from proofs_report import write  # threads are set before anything loads torch
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from nablagfn.runfolder import RunFolder
+
+SEEDS = (0, 1, 2)
+COMPARED = 150  # updates of the comparison
+FULL = 1000  # updates of the claim
+SAME_COST = 500  # updates of Adjoint Matching for the model evaluations of the claim
+WORLDS = ("ring", "ring-quadratic", "gaussian", "mixture-16d", "prompts")
+PROBES = 5  # measurements of each run
+OURS, ADJOINT = "∇-DB(λ)", "Adjoint Matching"
+PUBLISHED = {"experiment.method": "nabla-db", "model.reward_adaptive_mode": "squared"}
+METHODS: dict[str, dict[str, object]] = {
+    OURS: {},
+    ADJOINT: {"experiment.method": "adjoint-matching"},
+    "residual ∇-DB (paper)": PUBLISHED,
+    "no_flow (paper)": {**PUBLISHED, "model.no_flow": True},
+    "terminal gradient": {"experiment.method": "terminal-gradient"},
+    "DAG-DB": {"experiment.method": "dag-db"},
+    "DDPO": {"experiment.method": "ddpo"},
+    "ReFL": {"experiment.method": "refl"},
+    "DRaFT-10": {"experiment.method": "draft-k"},
+    "DRaFT-LV": {"experiment.method": "draft-lv"},
+    "AlignProp": {"experiment.method": "alignprop"},
+}
+CLAIMED = {OURS: FULL, ADJOINT: SAME_COST}
+SCATTERED: dict[str, object] = {"method.window": 0, "method.return_lambda": 0.0}
+STUDY: dict[str, dict[str, object]] = {
+    "the setting of the claim: window of 6, λ = 0.9": {},
+    "window, λ = 0": {"method.return_lambda": 0.0},
+    "window, λ = 1": {"method.return_lambda": 1.0},
+    "no window, λ = 0 (one-step bootstrap)": SCATTERED,
+    "no window, λ = 0.9 (whole trajectories)": {"method.window": 0},
+    "no window, λ = 1 (Adjoint Matching)": {"method.window": 0, "method.return_lambda": 1.0},
+    "γ = ᾱ (squared)": {"model.reward_adaptive_mode": "squared"},
+    "γ = √ᾱ (sqrt)": {"model.reward_adaptive_mode": "sqrt"},
+    "w_k = 1": {"method.step_weight": "one"},
+    "guess of the finetuned model": {"method.guess_model": "finetuned"},
+    "g_φ without x̂": {"method.flow_hint": False},
+    "no g_φ (guess alone)": {"model.no_flow": True},
+    "lr of g_φ × 0.5": {"training.flow_lr": 1e-3},
+    "lr of g_φ × 2": {"training.flow_lr": 4e-3},
+    "both lr × 0.5": {"training.lr": 1e-3, "training.flow_lr": 1e-3},
+    "both lr × 2": {"training.lr": 4e-3, "training.flow_lr": 4e-3},
+    "constant lr": {"training.lr_schedule": "constant"},
+}
+STUDIED = "prompts"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: which table it belongs to, and everything that defines it."""
+
+    table: str
+    world: str
+    label: str
+    seed: int
+    updates: int
+    options: tuple[tuple[str, object], ...]
+
+    @property
+    def experiment(self) -> str:
+        """The label in characters that a folder's name can have."""
+        words = "".join(c if c.isalnum() else " " for c in self.label).split()
+        return f"{'-'.join(words)}-{self.updates}"
+
+    def folder(self, out: Path) -> RunFolder:
+        name = f"worlds-{self.world}_{self.experiment}_seed{self.seed}"
+        return RunFolder(out / self.table / name)
+
+    def done(self, out: Path) -> bool:
+        evaluation = self.folder(out).read_json("evaluation.json") or {}
+        return evaluation.get("updates") == self.updates
+
+    def arguments(self, out: Path) -> list[str]:
+        options = {
+            **dict(self.options),
+            "training.num_epochs": self.updates,
+            "logging.sample_freq": max(1, self.updates // PROBES),
+            "logging.save_freq": self.updates,
+            "saving.output_dir": out / self.table,
+        }
+        return [
+            "train",
+            f"--config=worlds/{self.world}",
+            f"--seed={self.seed}",
+            f"--exp_name={self.experiment}",
+            *(f"--config.{key}={value}" for key, value in options.items()),
+        ]
+
+
+def runs(worlds: Sequence[str]) -> list[Run]:
+    """Every run of the three tables, the claim first."""
+    found = []
+    for world in worlds:
+        for seed in SEEDS:
+            for label, options in METHODS.items():
+                pairs = tuple(options.items())
+                found.append(Run("compared", world, label, seed, COMPARED, pairs))
+                if label in CLAIMED:
+                    found.append(Run("claim", world, label, seed, CLAIMED[label], pairs))
+    if STUDIED in worlds:
+        for label, options in STUDY.items():
+            pairs = tuple(options.items())
+            found += [Run("study", STUDIED, label, seed, COMPARED, pairs) for seed in SEEDS]
+    return sorted(found, key=lambda run: run.table != "claim")
+
+
+def carry_out(job: tuple[Run, Path]) -> str:
+    """One run through the command line of this very process; '' or what went wrong."""
+    import torch
+
+    from nablagfn.cli import main
+
+    torch.set_num_threads(1)
+    run, out = job
+    if run.done(out):
+        return ""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main(run.arguments(out))
+    except SystemExit:
+        lines = said.getvalue().strip().splitlines()
+        return f"{run.world}, {run.label}, seed {run.seed}: {lines[-1] if lines else 'ended'}"
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/proofs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--worlds", nargs="+", default=WORLDS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only-write", action="store_true", help="from the runs that are there")
+    arguments = parser.parse_args()
+    wanted = runs(arguments.worlds)
+    failures = []
+    if not arguments.only_write:
+        columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+        context = multiprocessing.get_context("spawn")
+        with Progress(*columns) as bar, context.Pool(arguments.processes) as pool:
+            task = bar.add_task("runs", total=len(wanted))
+            jobs = [(run, arguments.out) for run in wanted]
+            for failure in pool.imap_unordered(carry_out, jobs):
+                bar.advance(task)
+                if failure:
+                    failures.append(failure)
+                    bar.console.print(failure)
+    print(f"wrote {write(wanted, arguments.out, arguments.docs)}")
+    if failures:
+        raise SystemExit(f"{len(failures)} of {len(wanted)} runs ended early")
+
+
+if __name__ == "__main__":
+    main()
