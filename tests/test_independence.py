@@ -11,7 +11,7 @@ from nablagfn.collect import Collector
 from nablagfn.config import Config
 from nablagfn.prompts import PromptSet, load_prompts
 from nablagfn.rollout import subsample_steps
-from nablagfn.types import Trajectories
+from nablagfn.types import Losses, Objective, Trajectories, Transitions
 from tests.worlds import MixtureWorld
 
 PROMPTS = PromptSet(tuple(f"prompt {i}" for i in range(45)))
@@ -97,9 +97,26 @@ def test_trajectories_of_one_epoch_all_differ() -> None:
 # -------------------------------------------------------------------------------- transitions
 
 
-def chosen(collector: Collector, epoch: int, inner: int = 0) -> list[list]:
+class Half(Objective):
+    """Chooses half the steps of each trajectory, and the last."""
+
+    def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        return subsample_steps(num_steps, 0.5, True, generator)
+
+    def losses(self, batch: Transitions) -> Losses:
+        raise AssertionError("nothing is trained here")
+
+
+def of_updates(
+    collector: Collector, drawn: Trajectories, epoch: int = 0, inner: int = 0
+) -> list[Transitions]:
+    chosen = collector.batches(drawn, epoch, inner, Half())
+    return [selection.transitions({}) for selection in chosen]
+
+
+def chosen(collector: Collector, epoch: int, inner: int = 0) -> list[Transitions]:
     drawn = collector.collect(epoch)
-    return list(collector.batches(drawn, epoch, inner))
+    return of_updates(collector, drawn, epoch, inner)
 
 
 def test_every_trajectory_is_used_once_per_inner_epoch() -> None:
@@ -115,7 +132,7 @@ def test_every_trajectory_is_used_once_per_inner_epoch() -> None:
 def test_transitions_are_the_pairs_of_their_own_trajectory() -> None:
     collector = make_collector()
     drawn = collector.collect(0)
-    for batch in collector.batches(drawn, 0, 0):
+    for batch in of_updates(collector, drawn):
         for i in range(len(batch)):
             row = int((drawn.x[:, batch.step[i]] == batch.x[i]).all(1).nonzero()[0])
             assert torch.equal(drawn.x[row, batch.step[i] + 1], batch.x_next[i])
@@ -129,7 +146,7 @@ def test_order_and_steps_change_between_epochs_and_inner_epochs() -> None:
     orders = {
         tuple(
             (p, int(k))
-            for batch in collector.batches(drawn, epoch, inner)
+            for batch in of_updates(collector, drawn, epoch, inner)
             for p, k in zip(batch.condition.prompts, batch.step, strict=True)
         )
         for epoch, inner in ((0, 0), (1, 0), (2, 0))
@@ -140,7 +157,7 @@ def test_order_and_steps_change_between_epochs_and_inner_epochs() -> None:
 
 
 def steps_in_order(collector: Collector, drawn: Trajectories, inner: int) -> tuple[int, ...]:
-    return tuple(int(k) for batch in collector.batches(drawn, 0, inner) for k in batch.step)
+    return tuple(int(k) for batch in of_updates(collector, drawn, 0, inner) for k in batch.step)
 
 
 # -------------------------------------------------------------------------------- prompts

@@ -18,9 +18,11 @@ LONGEST = 60  # lines of a function, its docstring left out
 LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
-    {"rollout", "lookahead", "value_gradient", "options", "runfolder", "optimizers", "distributed"},
-    {"objectives", "estimators", "rewards", "models", "prompts", "features", "report"},
-    {"collect", "evaluation", "methods", "checkpoint", "runlog"},
+    {"rollout", "lookahead", "value_gradient", "counting", "runfolder", "optimizers"}
+    | {"distributed"},
+    {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
+    {"objectives", "estimators"},
+    {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"},
     {"observe"},
     {"trainer"},
     {"assemble"},

@@ -19,10 +19,10 @@ from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.objectives.matching import MatchingObjective, residual_score
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
-from nablagfn.rollout import rollout, transitions
+from nablagfn.rollout import rollout
 from nablagfn.runfolder import RunFolder
 from nablagfn.trainer import Trainer
-from nablagfn.types import Policy, Reward, Transitions
+from nablagfn.types import Policy, Reward, Selection, Transitions
 from nablagfn.value_gradient import Evaluated, mean_square
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
@@ -38,6 +38,7 @@ class Scene:
 
     policy: Policy
     table: KernelTable
+    chosen: Selection
     batch: Transitions
     reward: Reward
 
@@ -63,7 +64,8 @@ def draw_scene(policy: Policy, reward: Reward, num_steps: int = STEPS) -> Scene:
     drawn = rollout(policy, table, noise, policy.condition(PROMPTS, ()))
     row = torch.arange(len(PROMPTS)).repeat_interleave(num_steps)
     step = torch.arange(num_steps).repeat(len(PROMPTS))
-    return Scene(policy, table, transitions(drawn, row, step), reward)
+    chosen = Selection(drawn, row, step)
+    return Scene(policy, table, chosen, chosen.transitions({}), reward)
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def test_forward_loss_is_the_distance_to_the_value_gradient(
     objective = scene.residual_db(flow) if with_flow else scene.guess()
     batch, here = scene.batch, objective.evaluate(scene.batch)
     k, policy = here.k, scene.policy
-    value = guess(scene.log_reward, policy, batch.x_next, k, batch.condition, "squared")
+    value = guess(scene.log_reward, policy, batch.x_next, k, batch.condition, "squared").gradient
     if with_flow:
         value = value + flow(batch.x_next, k.timestep_next, batch.condition)
     known = (k.c2 / k.std**2 * (here.eps - here.eps_ref) - value).square().mean(1)
@@ -300,7 +302,7 @@ def test_the_guess_at_the_clean_end_is_the_reward_gradient(mode: str) -> None:
     x_next = torch.randn(4, 2, dtype=torch.float64)
     where = policy.condition(PROMPTS)
     k = table.at(torch.full((4,), STEPS - 1), x_next)
-    found = guess(LogReward(policy, tilt, BETA), policy, x_next, k, where, mode)
+    found = guess(LogReward(policy, tilt, BETA), policy, x_next, k, where, mode).gradient
     leaf = x_next.clone().requires_grad_()
     (known,) = torch.autograd.grad(BETA * tilt(leaf, PROMPTS, ()).sum(), leaf)
     torch.testing.assert_close(found, known, rtol=1e-14, atol=0)
@@ -313,7 +315,7 @@ def test_the_guess_is_the_attenuated_gradient_at_the_predicted_clean_sample(
     """Mixed rows: noisy ones through x̂, clean ones as they are; checked row by row."""
     batch, policy = scene.batch, scene.policy
     k = scene.table.at(batch.step, batch.x)
-    found = guess(scene.log_reward, policy, batch.x_next, k, batch.condition, mode)
+    found = guess(scene.log_reward, policy, batch.x_next, k, batch.condition, mode).gradient
     for row in range(len(batch)):
         one = torch.tensor([row])
         x = batch.x_next[one].clone().requires_grad_()
@@ -335,7 +337,9 @@ def test_attenuation() -> None:
 def test_the_guess_is_detached(scene: Scene) -> None:
     k = scene.table.at(scene.batch.step, scene.batch.x)
     batch = scene.batch
-    value = guess(scene.log_reward, scene.policy, batch.x_next, k, batch.condition, "squared")
+    value = guess(
+        scene.log_reward, scene.policy, batch.x_next, k, batch.condition, "squared"
+    ).gradient
     assert not value.requires_grad
     assert all(parameter.grad is None for parameter in scene.policy.parameters())
 
@@ -350,7 +354,7 @@ def test_reward_scale_doubles_the_guess(scene: Scene) -> None:
             k,
             batch.condition,
             "sqrt",
-        )
+        ).gradient
         for scale in (1.0, 2.0)
     )
     close(two, 2 * one)
@@ -464,7 +468,7 @@ def test_micro_batches_give_the_same_gradients(scene: Scene, tmp_path: Path) -> 
     gradients = []
     for size in (len(scene.batch), 1, 3, 7, 0):
         trainer = make_trainer(tmp_path / str(size), size)
-        trainer.update(scene.batch)
+        trainer.update(scene.chosen)
         parameters = [*trainer.policy.parameters(), *trainer.objective.modules.parameters()]
         gradients.append([p.grad for p in parameters])
     for other in gradients[1:]:

@@ -7,22 +7,71 @@ from pathlib import Path
 
 import torch
 
-from . import pictures, rewards
+from . import rewards, worlds
 from .checkpoint import load_policy
 from .config import Config, ConfigError
 from .distributed import from_main_process, process_state, weight_dtype
-from .evaluation import draw
+from .evaluation import PictureView, draw
 from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
 from .prompts import PromptSet, load_prompts
+from .rewards import NamedReward
 from .runfolder import RunFolder, complete_checkpoints
 from .runlog import make_accelerator
 from .trainer import Trainer
+from .types import Policy, View
+from .worlds.policy import WorldPolicy, WorldReward
+from .worlds.view import WorldView
 
 
-def build_policy(config: Config, device: torch.device) -> StableDiffusionPolicy:
-    """The pretrained model with its LoRA, on `device`. Raises ConfigError when it is missing."""
+def check_names(config: Config) -> None:
+    """What can be known before anything is loaded. Raises ConfigError, one line."""
+    model = config.pretrained.model
+    named = {
+        "config.experiment.reward_fn": config.experiment.reward_fn,
+        "config.experiment.prompt_fn": config.experiment.prompt_fn,
+    }
+    for key, value in named.items():
+        if value != model and worlds.is_world(model if worlds.is_world(model) else value):
+            raise ConfigError(
+                f"{key}={value!r} does not go with config.pretrained.model={model!r}: a world has "
+                "its own reward and prompts (--config=worlds/NAME sets all three)"
+            )
+    if worlds.is_world(model):
+        worlds.load(model)
+    else:
+        locate(model, config.pretrained.revision)
+
+
+def build_prompts(config: Config) -> PromptSet:
+    """The prompts of the world, or those of `experiment.prompt_fn`."""
+    name = config.experiment.prompt_fn
+    return PromptSet(worlds.load(name).prompts) if worlds.is_world(name) else load_prompts(name)
+
+
+def build_reward(config: Config, device: torch.device) -> NamedReward:
+    """The reward of the world, or that of `experiment.reward_fn`."""
+    name = config.experiment.reward_fn
+    if worlds.is_world(name):
+        return NamedReward(name, WorldReward(worlds.load(name)))
+    return rewards.resolve(name, device, config.reward.weights)
+
+
+def build_view(config: Config) -> View:
+    """Points of a world beside its target, or pictures."""
+    name = config.pretrained.model
+    if not worlds.is_world(name):
+        return PictureView()
+    policy = WorldPolicy(worlds.load(name))
+    return WorldView(policy.world, build_kernel(config, policy))
+
+
+def build_policy(config: Config, device: torch.device) -> Policy:
+    """The pretrained model with its adapter, on `device`. Raises ConfigError when it is missing."""
+    name = config.pretrained.model
+    if worlds.is_world(name):
+        return WorldPolicy(worlds.load(name), seed=config.seed).to(device)
     return StableDiffusionPolicy.from_pretrained(
         config.pretrained.model,
         revision=config.pretrained.revision,
@@ -37,11 +86,11 @@ def build_policy(config: Config, device: torch.device) -> StableDiffusionPolicy:
 
 def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     """Check and load everything in the order of cost: names first, weights last."""
-    locate(config.pretrained.model, config.pretrained.revision)
-    prompts = load_prompts(config.experiment.prompt_fn)
+    check_names(config)
+    prompts = build_prompts(config)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
-    reward = rewards.resolve(config.experiment.reward_fn, accelerator.device, config.reward.weights)
+    reward = build_reward(config, accelerator.device)
     return Trainer(
         build_policy(config, accelerator.device),
         reward,
@@ -49,6 +98,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
         config,
         folder=folder,
         accelerator=accelerator,
+        view=build_view(config),
     )
 
 
@@ -83,5 +133,6 @@ def side_by_side(
             rows.append(draw(policy, table, repeated, seeds, seed=0))
         rows.append(draw(policy, table, repeated, seeds, seed=0))
     target = out or folder.path / "samples" / f"{name}.png"
-    pictures.save_grid(torch.cat(rows), target, columns=len(seeds))
+    asked = [prompt for prompt in wanted for _ in range(2 * len(seeds))]
+    build_view(config).save(torch.cat(rows), asked, target, len(seeds))
     return target

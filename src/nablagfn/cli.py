@@ -153,6 +153,8 @@ def summarise(result: RunResult) -> None:
         print(f"diversity   {before.diversity:8.3f} -> {after.diversity:8.3f}  ({kept:.0%} kept)")
         if before.recognised is not None and after.recognised is not None:
             print(f"recognised  {before.recognised:8.1%} -> {after.recognised:8.1%}")
+        for name, value in after.others.items():
+            print(f"{name:<22} {before.others[name]:8.4f} -> {value:8.4f}")
     print(f"report: {result.report}")
 
 

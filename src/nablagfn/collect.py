@@ -10,8 +10,8 @@ from . import rng
 from .config import Config
 from .kernels import KernelTable
 from .prompts import PromptSet
-from .rollout import rollout, subsample_steps, transitions
-from .types import Condition, Policy, Trajectories, Transitions
+from .rollout import rollout
+from .types import Condition, Objective, Policy, Selection, Trajectories
 
 
 class Collector:
@@ -70,8 +70,10 @@ class Collector:
         )
         return rollout(self.policy, self.table, noise, self.policy.condition(prompts, ()))
 
-    def batches(self, drawn: Trajectories, epoch: int, inner: int) -> Iterator[Transitions]:
-        """The transitions of each optimizer update of one inner epoch, in shuffled order."""
+    def batches(
+        self, drawn: Trajectories, epoch: int, inner: int, objective: Objective
+    ) -> Iterator[Selection]:
+        """The data of each optimizer update of one inner epoch, in shuffled order."""
         step = epoch * self.config.training.num_inner_epochs + inner
         count = len(drawn.condition)
         order = torch.randperm(
@@ -79,23 +81,22 @@ class Collector:
         )
         size = self.config.training.batch_size * self.config.training.gradient_accumulation_steps
         for rows in order.split(size):
-            yield self._choose(drawn, rows, step)
+            yield self._choose(drawn, rows, step, objective)
 
-    def _choose(self, drawn: Trajectories, rows: torch.Tensor, step: int) -> Transitions:
-        """Some steps of each trajectory in `rows`, always with the last."""
+    def _choose(
+        self, drawn: Trajectories, rows: torch.Tensor, step: int, objective: Objective
+    ) -> Selection:
+        """The trajectories `rows`, with the steps that the objective chooses of each."""
         per_batch = self.config.sampling.batch_size
-        chosen, owners = [], []
-        for row in rows.tolist():
+        chosen, owners, seeds = [], [], []
+        for position, row in enumerate(rows.tolist()):
             index = self.indices(row // per_batch)[row % per_batch]
-            steps = subsample_steps(
-                self.table.num_steps,
-                self.config.model.timestep_fraction,
-                self.config.sampling.low_var_subsampling,
-                rng.generator(self.config.seed, "steps", step, index),
-            )
+            generator = rng.generator(self.config.seed, "steps", step, index)
+            steps = objective.choose(self.table.num_steps, generator)
             chosen.append(steps)
-            owners.append(torch.full_like(steps, row))
-        return transitions(drawn, torch.cat(owners), torch.cat(chosen))
+            owners.append(torch.full_like(steps, position))
+            seeds.append(torch.randint(2**62, steps.shape, generator=generator))
+        return Selection(drawn[rows], torch.cat(owners), torch.cat(chosen), torch.cat(seeds))
 
 
 def _concatenate(parts: list[Trajectories]) -> Trajectories:

@@ -34,8 +34,22 @@ def _lower(value: Any) -> Any:
 
 
 Scheduler = Annotated[Literal["ddim", "ddpm", "dpm-solver"], BeforeValidator(_lower)]
-Method = Annotated[Literal["nabla-db"], BeforeValidator(_lower)]
-Attenuation = Annotated[Literal["squared", "sqrt"], BeforeValidator(_lower)]
+Method = Annotated[
+    Literal[
+        "nabla-db",
+        "nabla-db-lambda",
+        "adjoint-matching",
+        "terminal-gradient",
+        "refl",
+        "draft-k",
+        "draft-lv",
+        "alignprop",
+        "ddpo",
+        "dag-db",
+    ],
+    BeforeValidator(_lower),
+]
+Attenuation = Annotated[Literal["squared", "sqrt", "none"], BeforeValidator(_lower)]
 
 
 class Training(Group):
@@ -44,6 +58,10 @@ class Training(Group):
     lr: float = Field(1e-3, gt=0, description="learning rate of the LoRA")
     flow_lr: float = Field(1e-3, gt=0, description="learning rate of the flow network g_φ")
     flow_wd: float = Field(1e-2, ge=0, description="weight decay of the flow network")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant",
+        description="of both learning rates over the run's updates; cosine falls to 0 at the end",
+    )
     optimizer: Literal["adamw", "lion"] = Field(
         "adamw", description="adamw (torch) or lion (lion-pytorch; use a 3-10 times lower lr)"
     )
@@ -107,7 +125,7 @@ class Model(Group):
         False, description="forward loss only, no flow network: least memory, more bias"
     )
     reward_adaptive_mode: Attenuation = Field(
-        "squared", description="γ, trust in the reward guess: squared (ᾱ) or sqrt (√ᾱ)"
+        "squared", description="γ, trust in the reward guess: squared (ᾱ), sqrt (√ᾱ) or none (1)"
     )
     flow_layers_per_block: int = Field(1, ge=1, description="layers per block of g_φ")
     flow_channel_width: tuple[PositiveInt, ...] = Field(
@@ -118,7 +136,12 @@ class Model(Group):
 class Experiment(Group):
     """Which reward, which prompts, which method."""
 
-    method: Method = Field("nabla-db", description="nabla-db: residual ∇-DB")
+    method: Method = Field(
+        "nabla-db",
+        description="nabla-db (residual ∇-DB, the paper), nabla-db-lambda (∇-DB(λ)), "
+        "adjoint-matching, terminal-gradient, refl, draft-k, draft-lv, alignprop, ddpo or dag-db; "
+        "docs/methods.md compares them",
+    )
     reward_fn: str = Field(
         "aesthetic",
         min_length=1,
@@ -129,6 +152,56 @@ class Experiment(Group):
         "simple_animals",
         min_length=1,
         description="a built-in prompt set, or a .txt, .json or .csv file of prompts",
+    )
+
+
+class MethodSettings(Group):
+    """Settings of particular methods (`experiment.method`)."""
+
+    return_lambda: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="nabla-db-lambda: λ of the return; 0 bootstraps after one step, 1 is the lean "
+        "adjoint. Above 0 every update sweeps whole trajectories",
+    )
+    window: int = Field(
+        0,
+        ge=0,
+        description="nabla-db-lambda: learn from a window of this many consecutive transitions of "
+        "each trajectory, with the λ-return inside it; 0: from transitions chosen by "
+        "model.timestep_fraction",
+    )
+    flow_hint: bool = Field(
+        True,
+        description="nabla-db-lambda: the flow network also sees x̂, which the guess has computed",
+    )
+    step_weight: Literal["auto", "one", "std"] = Field(
+        "auto",
+        description="w_k of the matching loss: one, or std (σ_k); auto: one for nabla-db, std for "
+        "the other matching methods",
+    )
+    guess_model: Literal["auto", "finetuned", "pretrained"] = Field(
+        "auto",
+        description="whose x̂ the reward guess uses; auto: finetuned for nabla-db, pretrained for "
+        "nabla-db-lambda",
+    )
+    draft_steps: int = Field(
+        10, ge=1, description="draft-k: K, the last steps that the reward's gradient passes"
+    )
+    draft_lv_samples: int = Field(
+        2, ge=1, description="draft-lv: noisy copies of each sample at the last step"
+    )
+    refl_share: float = Field(
+        0.25, gt=0, le=1, description="refl: the last share of the steps to draw the one step from"
+    )
+    clip_range: float = Field(1e-4, gt=0, description="ddpo: clip of the probability ratio")
+    advantage_clip: float = Field(5.0, gt=0, description="ddpo: clip of the advantages")
+    prompt_buffer: int = Field(
+        32, ge=2, description="ddpo: rewards remembered per prompt for its mean and deviation"
+    )
+    prompt_min_count: int = Field(
+        16, ge=2, description="ddpo: below this many rewards, the whole epoch's statistics are used"
     )
 
 
@@ -176,6 +249,9 @@ class Evaluation(Group):
         4, ge=2, description="samples per prompt (at least 2: diversity needs pairs)"
     )
     seed: int = Field(1234, ge=0, description="seed of the evaluation samples")
+    batch_size: int = Field(
+        0, ge=0, description="samples drawn at once when measuring; 0: sampling.batch_size"
+    )
 
 
 class Logging(Group):
@@ -193,7 +269,10 @@ class Logging(Group):
     num_samples: int = Field(
         16,
         ge=1,
-        description="pictures in a sample grid: four of each prompt (rounded down, at least 4)",
+        description="pictures in a sample grid, spread over prompts (at least one prompt's)",
+    )
+    samples_per_prompt: int = Field(
+        4, ge=2, description="pictures of each prompt in a sample grid; figures need at least 2"
     )
 
 
@@ -210,6 +289,7 @@ class Config(Group):
     training: Training = Field(default_factory=Training)
     model: Model = Field(default_factory=Model)
     experiment: Experiment = Field(default_factory=Experiment)
+    method: MethodSettings = Field(default_factory=MethodSettings)
     reward: RewardSettings = Field(default_factory=RewardSettings)
     sampling: Sampling = Field(default_factory=Sampling)
     pretrained: Pretrained = Field(default_factory=Pretrained)

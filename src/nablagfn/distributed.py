@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from .config import Config
@@ -53,6 +53,11 @@ def from_main_process(value: T) -> T:
     box = [value]
     broadcast_object_list(box)
     return box[0]
+
+
+def gather(accelerator: Accelerator, values: list[T]) -> list[T]:
+    """Every process's values, in the order of the processes, on all of them."""
+    return values if accelerator.num_processes == 1 else gather_object(values)
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from . import rng
+from . import pictures, rng
 from .critics import AnimalClassifier
+from .distributed import gather
 from .features import features, pairwise_diversity
 from .kernels import KernelTable
 from .rollout import rollout
-from .types import Policy, Reward
+from .types import Policy, Reward, View
 
 
 @dataclass(frozen=True)
@@ -35,33 +35,54 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Figures of one set of samples. diversity: mean feature distance within prompts, in [0, 2]."""
+    """Figures of one set of samples.
+
+    diversity: mean feature distance within prompts, in [0, 2] for pictures. others: those of
+    `View.measures`.
+    """
 
     num_samples: int
     reward_mean: float
     reward_std: float
     diversity: float
     recognised: float | None
+    others: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def headline(self) -> dict[str, float]:
         """The figures worth a curve: reward, diversity, and recognised where it is known."""
-        figures = {"reward": self.reward_mean, "diversity": self.diversity}
+        figures = {"reward": self.reward_mean, "diversity": self.diversity, **self.others}
         return figures if self.recognised is None else {**figures, "recognised": self.recognised}
+
+
+class PictureView(View):
+    """Samples that are pictures: embedded features, a grid of pictures."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, 1280], unit length."""
+        return features(images)
+
+    def measures(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return {}
+
+    def save(self, images: Tensor, prompts: Sequence[str], path: Path, columns: int) -> None:
+        """A grid with `columns` pictures in a row."""
+        pictures.save_grid(images, path, columns)
 
 
 def draw(
     policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1]; the noise of row i depends on (seed, seeds[i]) only."""
+    """Decoded samples, [B, 3, H, W]; the noise of row i depends on (seed, seeds[i]) only."""
     noise = rng.normal(
         (table.num_steps + 1, *policy.sample_shape), seeds, seed=seed, purpose="evaluation"
     )
     condition = policy.condition(prompts, ())
     with torch.no_grad():
-        return policy.decode(rollout(policy, table, noise, condition).clean).clamp(0, 1).float()
+        images = policy.decode(rollout(policy, table, noise, condition).clean).float()
+    return images.clamp(0, 1) if images.ndim == 4 else images  # points of a world have no range
 
 
 class Evaluator:
@@ -79,6 +100,7 @@ class Evaluator:
         *,
         batch_size: int,
         seed: int,
+        view: View,
         critics: Path | None = None,
     ) -> None:
         self.accelerator = accelerator
@@ -87,6 +109,7 @@ class Evaluator:
         self.table = table
         self.batch_size = batch_size
         self.seed = seed
+        self.view = view
         self.classifier = (
             None
             if critics is None
@@ -113,8 +136,7 @@ class Evaluator:
             with self.policy.reference() if reference else nullcontext():
                 mine += self._measure([prompts[i] for i in rows], rows)
             on_done(len(rows) * world)
-        gathered = mine if world == 1 else gather_object(mine)
-        return sorted(gathered, key=lambda sample: sample.index)
+        return sorted(gather(self.accelerator, mine), key=lambda sample: sample.index)
 
     def _measure(self, prompts: list[str], rows: range) -> list[Sample]:
         images = draw(self.policy, self.table, prompts, rows, seed=self.seed)
@@ -124,7 +146,7 @@ class Evaluator:
         return [
             Sample(i, prompt, float(value), feature.cpu(), image.cpu(), known)
             for i, prompt, value, feature, image, known in zip(
-                rows, prompts, rewards, features(images), images, recognised, strict=True
+                rows, prompts, rewards, self.view.features(images), images, recognised, strict=True
             )
         ]
 
@@ -138,7 +160,7 @@ class Evaluator:
         return [None if n is None else n == s for n, s in zip(named, seen, strict=True)]
 
 
-def summarise(samples: Sequence[Sample]) -> Measurement:
+def summarise(samples: Sequence[Sample], view: View) -> Measurement:
     """The figures of a set of samples with at least two of some prompt."""
     rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
     known = [s.recognised for s in samples if s.recognised is not None]
@@ -150,4 +172,5 @@ def summarise(samples: Sequence[Sample]) -> Measurement:
             torch.stack([s.feature for s in samples]), [s.prompt for s in samples]
         ),
         recognised=sum(known) / len(known) if known else None,
+        others=view.measures(torch.stack([s.image for s in samples]), [s.prompt for s in samples]),
     )

@@ -6,8 +6,9 @@ objective. Tables are built in float64; all functions keep the dtype of x (float
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Step:
     std: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelTable:
     """All N transitions of one sampler, noisiest first.
 
@@ -66,6 +67,25 @@ class KernelTable:
             c2=pick(self.c2[k]),
             std=pick(self.std[k]),
         )
+
+    def at_step(self, step: int, like: Tensor) -> Step:
+        """`at` for one step shared by the whole batch, without copies between host and device."""
+        one = _one_step(self, step, like.device, like.dtype, like.ndim)
+        return replace(
+            one,
+            timestep=one.timestep.expand(len(like)),
+            timestep_next=one.timestep_next.expand(len(like)),
+            last=one.last.expand(len(like)),
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_step(
+    table: KernelTable, step: int, device: torch.device, dtype: torch.dtype, ndim: int
+) -> Step:
+    """The step's coefficients as [1, ...] tensors, kept: a sampler asks for them every epoch."""
+    like = torch.empty([1] * ndim, device=device, dtype=dtype)
+    return table.at(torch.tensor([step]), like)
 
 
 def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -148,6 +168,23 @@ def log_prob(x: Tensor, x_next: Tensor, eps: Tensor, k: Step) -> Tensor:
     """log p(x_{k+1}|x_k) in nats, summed over the sample's elements, [M]."""
     normal = torch.distributions.Normal(mean(x, eps, k), k.std.expand_as(x))
     return normal.log_prob(x_next).flatten(1).sum(1)
+
+
+def log_ratio(x: Tensor, x_next: Tensor, eps: Tensor, eps_base: Tensor, k: Step) -> Tensor:
+    """log [p_ε(x_{k+1}|x_k) / p_base(x_{k+1}|x_k)] in nats, element by element, [M, ...].
+
+    = u·z − u²/2 with u = (m − m_base)/σ and z = (x_{k+1} − m_base)/σ: exactly 0 where ε is the
+    base's, without the difference of two large densities.
+    """
+    u = k.c2 / k.std * (eps - eps_base)
+    z = (x_next - mean(x, eps_base, k)) / k.std
+    return u * (z - u / 2)
+
+
+def renoise(x_next: Tensor, noise: Tensor, k: Step) -> Tensor:
+    """x_k ~ q(x_k|x_{k+1}), the forward process one step back, [M, ...]; noise standard normal."""
+    kept = k.alpha_bar / k.alpha_bar_next
+    return kept.sqrt() * x_next + (1 - kept).sqrt() * noise
 
 
 def eps_from_model_output(

@@ -12,12 +12,13 @@ from torch import Tensor
 from . import kernels
 from .types import Condition, Policy, Reward
 
-Attenuation = Literal["squared", "sqrt"]
+Attenuation = Literal["squared", "sqrt", "none"]
 
 
 def attenuation(alpha_bar: Tensor, mode: Attenuation) -> Tensor:
-    """γ_k: how far the guess is trusted at noise level ᾱ_k: 'squared' ᾱ_k, 'sqrt' √ᾱ_k."""
-    return alpha_bar if mode == "squared" else alpha_bar.sqrt()
+    """γ_k: trust in the guess at noise level ᾱ_k: 'squared' is ᾱ_k, 'sqrt' √ᾱ_k, 'none' 1."""
+    powers = {"squared": 1.0, "sqrt": 0.5, "none": 0.0}
+    return alpha_bar ** powers[mode]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ def predicted_clean(
     return x.index_put((noisy.nonzero()[:, 0],), predicted)
 
 
+@dataclass(frozen=True)
+class Guessed:
+    """gradient: β·γ·∇r at x; x_clean: the x̂(x) it was taken at. Both detached, [M, ...]."""
+
+    gradient: Tensor
+    x_clean: Tensor
+
+
 def guess(
     log_reward: Callable[[Tensor, Condition], Tensor],
     policy: Policy,
@@ -56,10 +65,11 @@ def guess(
     k: kernels.Step,
     condition: Condition,
     mode: Attenuation,
-) -> Tensor:
-    """β·γ·∇_x r(decode(x̂_θ(x))) at x = x_{k+1}, detached, [M, ...] (Liu et al. 2025).
+) -> Guessed:
+    """β·γ·∇_x r(decode(x̂(x))) at x = x_{k+1} (Liu et al. 2025).
 
-    At the clean end x̂ is x itself and γ = 1.
+    x̂ is the policy's: the pretrained model's inside `policy.reference()`. At the clean end x̂ is x
+    itself and γ = 1.
     """
     x = x_next.detach().requires_grad_()
     with torch.enable_grad():
@@ -67,5 +77,15 @@ def guess(
         value = log_reward(x_clean, condition)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     gamma = attenuation(k.alpha_bar_next, mode)
-    gamma = torch.where(k.last.reshape(gamma.shape), torch.ones_like(gamma), gamma)
-    return gamma * gradient
+    last = k.last.reshape(-1, *([1] * (x.ndim - 1)))
+    return Guessed(torch.where(last, gradient, gamma * gradient), x_clean.detach())
+
+
+def terminal_gradient(
+    log_reward: Callable[[Tensor, Condition], Tensor], x_clean: Tensor, condition: Condition
+) -> Tensor:
+    """∇ log F̃(x_N) = β·∇r(decode(x_N)), detached, [B, ...]."""
+    x = x_clean.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(log_reward(x, condition).sum(), x)
+    return gradient

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from . import pictures
 from .config import Config
 from .evaluation import Evaluator, Measurement, Sample, summarise
 from .progress import Bar
 from .prompts import PromptSet
 from .runfolder import RunFolder
 
-PER_PROMPT = 4  # pictures of each prompt in a sample grid
 ROWS = 8  # prompts shown of those measured before and after
 
 
@@ -39,10 +37,11 @@ class Observer:
     def probe(self, epoch: int, bar: Bar) -> dict[str, float]:
         """A grid of fixed prompts and seeds, and its figures by metric name."""
         bar.note("drawing samples")
-        count = max(1, self.config.logging.num_samples // PER_PROMPT)
-        samples = self.evaluator.samples(repeat(self.prompts.spread(count), PER_PROMPT))
-        figures = summarise(samples)
-        self._save_grid(samples, f"epoch_{epoch:05d}", 2 * PER_PROMPT)
+        each = self.config.logging.samples_per_prompt
+        count = max(1, self.config.logging.num_samples // each)
+        samples = self.evaluator.samples(repeat(self.prompts.spread(count), each))
+        figures = summarise(samples, self.evaluator.view)
+        self._save_grid(samples, f"epoch_{epoch:05d}", 2 * each)
         bar.line(
             f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
             + ("" if figures.recognised is None else f", recognised {figures.recognised:.0%}")
@@ -75,7 +74,7 @@ class Observer:
         asked = repeat(prompts, wanted.images_per_prompt)
         with Bar(f"measuring {name}", len(asked), show=self.show) as bar:
             samples = self.evaluator.samples(asked, reference=name == "before", on_done=bar.advance)
-        figures = summarise(samples)
+        figures = summarise(samples, self.evaluator.view)
         rows = PromptSet(prompts).spread(min(ROWS, len(prompts)))
         shown = [sample for row in rows for sample in samples if sample.prompt == row]
         self._save_grid(shown, name, wanted.images_per_prompt)
@@ -87,7 +86,9 @@ class Observer:
     def _save_grid(self, samples: Sequence[Sample], name: str, columns: int) -> None:
         if self.evaluator.accelerator.is_main_process:
             images = torch.stack([sample.image for sample in samples])
-            pictures.save_grid(images, self.folder.grids / f"{name}.png", columns)
+            prompts = [sample.prompt for sample in samples]
+            path = self.folder.grids / f"{name}.png"
+            self.evaluator.view.save(images, prompts, path, columns)
 
 
 def repeat(prompts: Sequence[str], times: int) -> list[str]:

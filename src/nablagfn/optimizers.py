@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -21,3 +23,10 @@ def build_optimizer(
 
         return Lion(groups, betas=betas)
     return torch.optim.AdamW(groups, betas=betas, eps=training.adam_epsilon)
+
+
+def schedule_lr(optimizer: torch.optim.Optimizer, training: Training, progress: float) -> None:
+    """Set both learning rates; progress: share of the run's updates done, in [0, 1]."""
+    factor = 1.0 if training.lr_schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress))
+    for group, rate in zip(optimizer.param_groups, (training.lr, training.flow_lr), strict=False):
+        group["lr"] = rate * factor

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import configs
+from . import configs, worlds
 from .config import Config, ConfigError, find_file, flatten, merge, set_option
 
 PREFIX = "--config."
@@ -22,22 +22,34 @@ def packaged() -> list[str]:
 
 
 def load_config(spec: str) -> Config:
-    """The config of a file with `get_config()`, or a packaged config by name.
+    """The config of a file with `get_config()`, or a packaged config by name, or worlds/NAME.
 
     `config/NAME.py` means the packaged NAME where there is no such file. A file may return a
-    `Config`, a nested dict, or an ml_collections ConfigDict. Raises ConfigError, one line.
+    `Config`, a nested dict, or an ml_collections ConfigDict; or define a `WORLD` (docs/worlds.md).
+    Raises ConfigError, one line.
     """
     file = find_file(spec)
     if file is not None:
-        return _call(_module_of(file), spec)
+        module = _module_of(file)
+        return _of_world(spec) if hasattr(module, "WORLD") else _call(module, spec)
+    if spec.startswith(worlds.PREFIX):
+        return _of_world(spec)
     path = Path(spec)
     if path.stem in packaged() and str(path.parent) in (".", "config"):
         return _call(importlib.import_module(f"{configs.__name__}.{path.stem}"), spec)
     near = difflib.get_close_matches(path.stem, packaged(), n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"--config={spec}: no such file and no packaged config of that name; did you mean "
-        f"{near}? (packaged: {', '.join(packaged())})"
+        f"{near}? (packaged: {', '.join(packaged())}; worlds: "
+        + ", ".join(worlds.PREFIX + name for name in worlds.names())
+        + ")"
     )
+
+
+def _of_world(spec: str) -> Config:
+    from .worlds.settings import get_config
+
+    return get_config(spec)
 
 
 def _module_of(path: Path) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from . import kernels
 from .kernels import KernelTable
-from .types import Condition, Policy, Trajectories, Transitions
+from .types import Condition, Policy, Trajectories
 
 
 def rollout(
@@ -18,16 +20,89 @@ def rollout(
     noise: [B, N+1, ...] standard normal; noise[:, 0] is x_0 and noise[:, k+1] drives transition k.
     """
     noise = noise.to(policy.device)
-    x = noise[:, 0]
-    path, predictions = [x], []
     with torch.no_grad():
-        for step in range(table.num_steps):
-            k = table.at(torch.full((len(x),), step), x)
-            eps = policy.eps(x, k.timestep, condition)
-            x = kernels.mean(x, eps, k) + k.std * noise[:, step + 1]
-            path.append(x)
-            predictions.append(eps)
+        return walk(policy, table, noise[:, 0], noise[:, 1:], condition)
+
+
+def walk(
+    policy: Policy,
+    table: KernelTable,
+    x: Tensor,
+    noise: Tensor,
+    condition: Condition,
+    *,
+    first: int = 0,
+) -> Trajectories:
+    """Transitions `first`, first+1, … from x [B, ...], one per entry of noise [B, K, ...].
+
+    Differentiable in the policy's parameters and in x unless under torch.no_grad().
+    """
+    path, predictions = [x], []
+    for step in range(noise.shape[1]):
+        k = table.at_step(first + step, x)
+        eps = policy.eps(x, k.timestep, condition)
+        x = kernels.mean(x, eps, k) + k.std * noise[:, step]
+        path.append(x)
+        predictions.append(eps)
     return Trajectories(torch.stack(path, 1), torch.stack(predictions, 1), condition)
+
+
+def noise_of(paths: Trajectories, table: KernelTable, first: int) -> Tensor:
+    """z_k = (x_{k+1} − m(x_k))/σ_k that drove steps first..N-1 of the paths, [B, N-first, ...]."""
+    drawn = []
+    for step in range(first, paths.num_steps):
+        x = paths.x[:, step]
+        k = table.at_step(step, x)
+        drawn.append((paths.x[:, step + 1] - kernels.mean(x, paths.eps[:, step], k)) / k.std)
+    return torch.stack(drawn, 1)
+
+
+def replay(
+    policy: Policy, table: KernelTable, x: Tensor, step: Tensor, noise: Tensor, condition: Condition
+) -> Tensor:
+    """x_N [M, ...] of paths taken up again: row i goes on from x[i] = x_k with k = step[i].
+
+    noise: [M, K, ...] of the last K transitions, K >= N - k for every row. Differentiable like
+    `walk`. Rows join when the walk passes their step: no row depends on the others.
+    """
+    first = table.num_steps - noise.shape[1]
+    active = torch.zeros(0, dtype=torch.long)
+    now, where = x[:0], condition
+    for k in range(int(step.min()), table.num_steps):
+        joined = (step.cpu() == k).nonzero()[:, 0]
+        if len(joined):
+            active = torch.cat([active, joined])
+            now = torch.cat([now, x[joined]])
+            where = condition[active]
+        driven = noise[active, k - first : k - first + 1]
+        now = walk(policy, table, now, driven, where, first=k).clean
+    return now[active.argsort()]
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """Which steps of each trajectory are learned from (`subsample_steps`), as settings."""
+
+    fraction: float = 1.0
+    low_variance: bool = True
+
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        return subsample_steps(num_steps, self.fraction, self.low_variance, generator)
+
+
+@dataclass(frozen=True)
+class WindowChoice:
+    """A window of `length` consecutive steps, anywhere on the trajectory (all of a shorter one).
+
+    Windows that would stick out are moved inside, so the ends are drawn somewhat more often.
+    """
+
+    length: int
+
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        length = min(self.length, num_steps)
+        (start,) = torch.randint(1 - length, num_steps, (1,), generator=generator).tolist()
+        return min(max(start, 0), num_steps - length) + torch.arange(length)
 
 
 def subsample_steps(
@@ -48,16 +123,3 @@ def subsample_steps(
     else:
         steps = torch.randperm(num_steps, generator=generator)[:n]
     return torch.cat([steps, torch.tensor([num_steps - 1])])
-
-
-def transitions(trajectories: Trajectories, row: Tensor, step: Tensor) -> Transitions:
-    """The transitions (row[i], step[i]) of the trajectories; row, step: [M] integers."""
-    here = row.to(trajectories.x.device)
-    k = step.to(trajectories.x.device)
-    return Transitions(
-        x=trajectories.x[here, k],
-        x_next=trajectories.x[here, k + 1],
-        eps_old=trajectories.eps[here, k],
-        step=step,
-        condition=trajectories.condition[row],
-    )

@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,17 +20,18 @@ from . import distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
 from .config import Config, ConfigError, set_option
-from .evaluation import Evaluator, Measurement
+from .counting import Counts, counted
+from .evaluation import Evaluator, Measurement, PictureView
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
 from .observe import Observer
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, schedule_lr
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
 from .rewards import NamedReward, named
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
-from .types import Policy, Reward, Trajectories, Transitions
+from .types import Policy, Reward, Selection, Trajectories, View
 
 
 def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
@@ -80,6 +81,7 @@ class Trainer:
 
     prompts: what the model is asked to draw. folder: the run folder (default:
     `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
+    view: how samples are measured and shown (default: as pictures).
     Raises ConfigError, before anything is written, when settings contradict each other.
     """
 
@@ -92,6 +94,7 @@ class Trainer:
         *,
         folder: RunFolder | None = None,
         accelerator: Accelerator | None = None,
+        view: View | None = None,
         show_progress: bool = True,
     ) -> None:
         reward = named(reward)
@@ -106,7 +109,9 @@ class Trainer:
         self.show = show_progress and self.accelerator.is_main_process
         distributed.set_backend_flags(config)
         self.table = build_kernel(config, policy)
-        self.objective = build_objective(config, policy, reward, self.table)
+        self.counts = Counts()
+        working = counted(policy, self.counts)
+        self.objective = build_objective(config, working, reward, prompts, self.table)
         self._groups = [
             policy.parameters(),
             [p for p in self.objective.modules.parameters() if p.requires_grad],
@@ -115,23 +120,14 @@ class Trainer:
         self.scaler = distributed.gradient_scaler(config, self.accelerator.device)
         self.log = RunLog(self.accelerator, self.folder, config)
         self.collector = Collector(
-            policy,
+            working,
             self.table,
             prompts,
             config,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        evaluator = Evaluator(
-            self.accelerator,
-            policy,
-            reward,
-            self.table,
-            batch_size=config.sampling.batch_size,
-            seed=config.evaluation.seed,
-            critics=critics_of(config.pretrained.model),
-        )
-        self.observer = Observer(evaluator, self.folder, prompts, config, show=self.show)
+        self.observer = self._make_observer(view or PictureView())
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
@@ -140,6 +136,20 @@ class Trainer:
             self.scaler,
             limit=config.logging.num_checkpoint_limit,
         )
+
+    def _make_observer(self, view: View) -> Observer:
+        config = self.config
+        evaluator = Evaluator(
+            self.accelerator,
+            self.policy,
+            self.reward,
+            self.table,
+            batch_size=config.evaluation.batch_size or config.sampling.batch_size,
+            seed=config.evaluation.seed,
+            view=view,
+            critics=critics_of(config.pretrained.model),
+        )
+        return Observer(evaluator, self.folder, self.prompts, config, show=self.show)
 
     # ------------------------------------------------------------------ the run
 
@@ -222,13 +232,16 @@ class Trainer:
         epoch, update = position.epoch, position.update
         bar.note("sampling")
         drawn = self.collector.collect(epoch, between=lambda: self._leave_if_asked(stop))
-        rewards = self._rewards(drawn)
+        drawn = replace(drawn, reward=self._reward(drawn))
+        rewards = self._observe(drawn)
         self._require_finite(rewards["reward"], "the reward", "check the reward function")
         bar.note(f"reward {rewards['reward']:.3g}")
         for inner in range(self.config.training.num_inner_epochs):
-            for batch in self.collector.batches(drawn, epoch, inner):
+            for chosen in self.collector.batches(drawn, epoch, inner, self.objective):
                 self._leave_if_asked(stop)
-                row = {**rewards, **self.update(batch)}
+                total = self.config.training.num_epochs * self.updates_per_epoch
+                schedule_lr(self.optimizer, self.config.training, update / total)
+                row = {**rewards, **self.update(chosen), **self.counts.take()}
                 update += 1
                 seconds = position.seconds + time.perf_counter() - started
                 probe = {}
@@ -245,8 +258,8 @@ class Trainer:
         if distributed.any_process(self.accelerator, stop.requested):
             raise Stopped
 
-    def _rewards(self, drawn: Trajectories) -> dict[str, float]:
-        """Mean and standard deviation of this epoch's rewards, over all processes."""
+    def _reward(self, drawn: Trajectories) -> Tensor:
+        """[B] the reward of each trajectory's end, for its own prompt."""
         values = []
         size = self.config.sampling.batch_size
         for rows in torch.arange(len(drawn.condition)).split(size):
@@ -254,19 +267,24 @@ class Trainer:
             with torch.no_grad():
                 images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)])
                 values.append(self.reward(images.float(), where.prompts, where.metadata).float())
-        reward = torch.cat(values)
-        moments = distributed.average_metrics(
-            self.accelerator, {"mean": reward.mean(), "square": reward.square().mean()}
-        )
-        variance = max(0.0, moments["square"] - moments["mean"] ** 2)
-        return {"reward": moments["mean"], "reward_std": math.sqrt(variance)}
+        return torch.cat(values)
 
-    def update(self, batch: Transitions) -> dict[str, float]:
+    def _observe(self, drawn: Trajectories) -> dict[str, float]:
+        """Tell the objective this epoch's rewards; their mean and deviation, over all processes."""
+        assert drawn.reward is not None
+        pairs = zip(drawn.condition.prompts, drawn.reward.tolist(), strict=True)
+        prompts, values = zip(*distributed.gather(self.accelerator, list(pairs)), strict=True)
+        reward = torch.tensor(values, device=drawn.x.device)
+        self.objective.observe(prompts, reward)
+        return {"reward": float(reward.mean()), "reward_std": float(reward.std(unbiased=False))}
+
+    def update(self, chosen: Selection) -> dict[str, float]:
         """One optimizer step on the transitions of this process; returns the logged metrics.
 
         The loss is the mean over all transitions, whatever the micro-batch.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        batch = chosen.transitions(self.objective.prepare(chosen))
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
         size = self.config.training.micro_batch or self.config.training.batch_size
         for rows in torch.arange(len(batch)).split(size):

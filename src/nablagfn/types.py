@@ -45,11 +45,25 @@ class Condition:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Sampled paths: x [B, N+1, ...], noise to clean; eps [B, N, ...] as predicted when drawn."""
+    """Sampled paths: x [B, N+1, ...], noise to clean; eps [B, N, ...] as predicted when drawn.
+
+    reward: [B] r(decode(x_N)), once it has been measured.
+    """
 
     x: Tensor
     eps: Tensor
     condition: Condition
+    reward: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> Trajectories:
+        """The trajectories named by `index` ([M] integers)."""
+        here = index.to(self.x.device)
+        return Trajectories(
+            x=self.x[here],
+            eps=self.eps[here],
+            condition=self.condition[index],
+            reward=None if self.reward is None else self.reward[here],
+        )
 
     @property
     def num_steps(self) -> int:
@@ -66,7 +80,7 @@ class Transitions:
     """M pairs (x_k, x_{k+1}) with their own prompts.
 
     x, x_next, eps_old: [M, ...]; eps_old is the prediction of the parameters θ† that drew the pair.
-    step: [M] integers k in 0..N-1.
+    step: [M] integers k in 0..N-1. signals: what `Objective.prepare` computed, each [M, ...].
     """
 
     x: Tensor
@@ -74,6 +88,7 @@ class Transitions:
     eps_old: Tensor
     step: Tensor
     condition: Condition
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -85,6 +100,33 @@ class Transitions:
             eps_old=self.eps_old[index],
             step=self.step[index],
             condition=self.condition[index],
+            signals={name: value[index] for name, value in self.signals.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The data of one update: whole paths, and which transitions of them are learned from.
+
+    row, step: [M] integers; transition i is step[i] of paths[row[i]]. seed: [M] integers, where
+    an objective's own random numbers for a transition come from; None if none are needed.
+    """
+
+    paths: Trajectories
+    row: Tensor
+    step: Tensor
+    seed: Tensor | None = None
+
+    def transitions(self, signals: Mapping[str, Tensor]) -> Transitions:
+        """The chosen transitions with `signals` (each [M, ...]) attached."""
+        here, k = self.row.to(self.paths.x.device), self.step.to(self.paths.x.device)
+        return Transitions(
+            x=self.paths.x[here, k],
+            x_next=self.paths.x[here, k + 1],
+            eps_old=self.paths.eps[here, k],
+            step=self.step,
+            condition=self.paths.condition[self.row],
+            signals=signals,
         )
 
 
@@ -141,8 +183,13 @@ class Policy(Protocol):
         """Clean samples to images [M, 3, H, W], nominally [0, 1], not clamped; differentiable."""
         ...
 
-    def make_flow(self, widths: Sequence[int], layers_per_block: int, seed: int) -> nn.Module:
-        """A new g_φ for this policy's samples, exactly zero at start."""
+    def make_flow(
+        self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
+    ) -> nn.Module:
+        """A new g_φ(x, timestep, condition) for this policy's samples, exactly zero at start.
+
+        hint: it takes x̂(x), of the shape of x, as a fourth argument.
+        """
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -162,9 +209,43 @@ class Policy(Protocol):
         ...
 
 
+class View(Protocol):
+    """How a policy's decoded samples are looked at: pictures, or points of a world."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, ...] decoded samples to [B, D], whose distances measure diversity."""
+        ...
+
+    def measures(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """Further figures of a set of samples, by metric name."""
+        ...
+
+    def save(self, images: Tensor, prompts: Sequence[str], path: Path, columns: int) -> None:
+        """Write a PNG that shows them."""
+        ...
+
+
 class Objective(Protocol):
-    """Turns transitions into losses. It may own modules that are trained beside the policy."""
+    """Turns transitions into losses. It may own modules that are trained beside the policy.
+
+    The trainer calls, per epoch, `observe`; per update, `choose` for each trajectory and `prepare`
+    once; then `losses` per micro-batch. Implementations inherit the defaults from here.
+    uses_reward_gradient: False where the reward's values are enough.
+    """
 
     modules: nn.ModuleDict
+    uses_reward_gradient: bool = True
+
+    def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        """Which transitions of one trajectory to learn from: integers in 0..num_steps-1."""
+        return torch.arange(num_steps)
+
+    def observe(self, prompts: Sequence[str], reward: Tensor) -> None:
+        """Told each epoch's prompts and rewards [B], of all processes in the same order."""
+        return None
+
+    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+        """What `losses` needs of whole trajectories: [M, ...] by name, without graphs."""
+        return {}
 
     def losses(self, batch: Transitions) -> Losses: ...

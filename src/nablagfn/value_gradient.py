@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .kernels import Step
-from .types import Transitions
+from .types import Selection, Transitions
+
+StepWeight = Literal["one", "std"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,16 @@ class Estimator(Protocol):
     needs_input_graph: bool
     modules: nn.ModuleDict
 
+    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+        """What `__call__` needs of whole trajectories (`Objective.prepare`)."""
+        return {}
+
     def __call__(self, here: Evaluated) -> Estimate: ...
+
+
+def step_weight(k: Step, mode: StepWeight) -> Tensor:
+    """w_k: 1 (Liu et al. 2025), or σ_k, in which ½Σ‖w_k·residual score‖² is the path's KL."""
+    return torch.ones_like(k.std) if mode == "one" else k.std
 
 
 def mean_square(value: Tensor) -> Tensor:

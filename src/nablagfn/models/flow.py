@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -15,12 +16,18 @@ from ..types import Condition
 class UNetFlow(nn.Module):
     """UNet2DConditionModel with a zero output layer (weight *and* bias), in float32.
 
-    widths: channels per level, the first ones with cross-attention. Raises ConfigError when the
-    sample cannot be halved that often.
+    widths: channels per level, the first ones with cross-attention. hint: it sees x̂ too. Raises
+    ConfigError when the sample cannot be halved that often.
     """
 
     def __init__(
-        self, sample_shape: tuple[int, ...], text_width: int, widths: Sequence[int], layers: int
+        self,
+        sample_shape: tuple[int, ...],
+        text_width: int,
+        widths: Sequence[int],
+        layers: int,
+        *,
+        hint: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = sample_shape
@@ -31,7 +38,7 @@ class UNetFlow(nn.Module):
                 f"of {height}x{width}: give fewer widths"
             )
         self.net = UNet2DConditionModel(
-            in_channels=channels,
+            in_channels=2 * channels if hint else channels,
             out_channels=channels,
             block_out_channels=tuple(widths),
             down_block_types=("CrossAttnDownBlock2D",) * (len(widths) - 1) + ("DownBlock2D",),
@@ -43,8 +50,11 @@ class UNetFlow(nn.Module):
         nn.init.zeros_(self.net.conv_out.weight)
         nn.init.zeros_(self.net.conv_out.bias)
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """x [M, C, H, W], timestep [M] -> [M, C, H, W]."""
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition, hint: Tensor | None = None
+    ) -> Tensor:
+        """x, and hint if it was made for one, [M, C, H, W], timestep [M] -> [M, C, H, W]."""
         assert condition.embeds is not None
         dtype = self.net.dtype
-        return self.net(x.to(dtype), timestep, condition.embeds.to(dtype)).sample
+        seen = x if hint is None else torch.cat([x, hint], 1)
+        return self.net(seen.to(dtype), timestep, condition.embeds.to(dtype)).sample

@@ -244,12 +244,14 @@ class StableDiffusionPolicy:
         latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)
         return (self.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).to(x.dtype)
 
-    def make_flow(self, widths: Sequence[int], layers_per_block: int, seed: int) -> nn.Module:
+    def make_flow(
+        self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
+    ) -> nn.Module:
         """A new g_φ on the policy's device, exactly zero at start."""
         text_width = self.pipeline.text_encoder.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.seed_of(seed, "flow"))
-            flow = UNetFlow(self.sample_shape, text_width, widths, layers_per_block)
+            flow = UNetFlow(self.sample_shape, text_width, widths, layers_per_block, hint=hint)
         return flow.to(self.device)
 
     def settings(self) -> dict[str, Any]:

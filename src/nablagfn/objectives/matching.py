@@ -1,19 +1,22 @@
 """The matching loss: the policy's residual score is fitted to an estimated value gradient.
 
-    loss = ‖ ∇ log P̃(x_{k+1}|x_k) − v̂(x_{k+1}) ‖² + λ ‖ε_θ − ε_θ†‖² + the estimator's own loss
+    loss = ‖ w_k [∇ log P̃(x_{k+1}|x_k) − v̂(x_{k+1})] ‖² + λ ‖ε_θ − ε_θ†‖² + the estimator's own loss
 
 (the forward condition of residual ∇-DB, Liu et al. 2025, with the estimator left open).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..kernels import KernelTable, Step
-from ..types import Losses, Policy, Transitions
-from ..value_gradient import Estimator, Evaluated, mean_square
+from ..rollout import StepChoice
+from ..types import Losses, Objective, Policy, Selection, Transitions
+from ..value_gradient import Estimator, Evaluated, StepWeight, mean_square, step_weight
 
 
 def residual_score(
@@ -30,10 +33,11 @@ def residual_score(
     return shared + (1 - strength) * kernels.score_next(x, x_next, eps_ref, k)
 
 
-class MatchingObjective:
+class MatchingObjective(Objective):
     """Residual gradient matching with an exchangeable estimator of ∇ log F̃.
 
-    strength: s, weight of log p_# (1 = the paper). trust: λ, weight of the trust region.
+    strength: s, weight of log p_# (1 = the paper). trust: λ, weight of the trust region. weight:
+    w_k. steps: which transitions of a trajectory are learned from.
     """
 
     def __init__(
@@ -44,13 +48,23 @@ class MatchingObjective:
         *,
         strength: float = 1.0,
         trust: float = 0.0,
+        weight: StepWeight = "one",
+        steps: Callable[[int, torch.Generator], Tensor] | None = None,
     ) -> None:
         self.policy = policy
         self.table = table
         self.estimator = estimator
         self.strength = strength
         self.trust = trust
+        self.weight = weight
+        self.steps = steps or StepChoice()
         self.modules = estimator.modules
+
+    def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        return self.steps(num_steps, generator)
+
+    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+        return self.estimator.prepare(chosen)
 
     def evaluate(self, batch: Transitions) -> Evaluated:
         """Both models at x_k; the frozen one without a graph unless the estimator needs it."""
@@ -71,8 +85,9 @@ class MatchingObjective:
             here.x.detach(), batch.x_next, here.eps, here.eps_ref.detach(), here.k, self.strength
         )
         drift = mean_square(here.eps - batch.eps_old)
+        w = step_weight(here.k, self.weight)
         terms = {
-            "forward": mean_square(score - estimate.value_gradient),
+            "forward": mean_square(w * (score - estimate.value_gradient)),
             "trust": self.trust * drift,
             **estimate.terms,
         }

@@ -94,4 +94,8 @@ def figures(evaluation: dict[str, dict[str, Any]]) -> list[Figure]:
                 f"{points:+.1f} points",
             )
         )
+    for name, value in after.get("others", {}).items():
+        old = before["others"][name]
+        meaning = "distance to the target, or its sampling floor (docs/worlds.md)"
+        table.append(Figure(name, meaning, f"{old:.4f}", f"{value:.4f}", ""))
     return table

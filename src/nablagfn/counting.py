@@ -1,0 +1,58 @@
+"""Count model evaluations, the unit in which methods of different cost are compared (layer 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from .types import Condition, Policy
+
+
+@dataclass
+class Counts:
+    """Since the last `take`: one per sample.
+
+    model: passes through the denoiser, forward and backward alike (with frozen weights a backward
+    pass computes one product per layer, as a forward pass does). decode: samples decoded.
+    """
+
+    model: int = 0
+    decode: int = 0
+
+    def take(self) -> dict[str, float]:
+        """The counts by metric name; starts again from zero."""
+        found = {"model_evals": float(self.model), "decode_evals": float(self.decode)}
+        self.model = self.decode = 0
+        return found
+
+
+class _Counted:
+    """A policy whose `eps` and `decode` are counted; everything else is the policy's own."""
+
+    def __init__(self, policy: Policy, counts: Counts) -> None:
+        self._policy = policy
+        self._counts = counts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        self._counts.model += len(x)
+        eps = self._policy.eps(x, timestep, condition)
+        if eps.requires_grad:
+            eps.register_hook(self._backward)
+        return eps
+
+    def decode(self, x: Tensor) -> Tensor:
+        self._counts.decode += len(x)
+        return self._policy.decode(x)
+
+    def _backward(self, gradient: Tensor) -> None:
+        self._counts.model += len(gradient)
+
+
+def counted(policy: Policy, counts: Counts) -> Policy:
+    """The same policy, its work added to `counts`."""
+    return cast(Policy, _Counted(policy, counts))
