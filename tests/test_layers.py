@@ -18,7 +18,8 @@ LONGEST = 60  # lines of a function, its docstring left out
 LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
-    {"rollout", "lookahead", "value_gradient", "options", "runfolder", "optimizers", "distributed"},
+    {"rollout", "lookahead", "value_gradient", "options", "runfolder", "optimizers", "distributed"}
+    | {"hub"},
     {"objectives", "estimators", "rewards", "models", "prompts", "features", "report"},
     {"collect", "evaluation", "methods", "checkpoint", "runlog"},
     {"observe"},
