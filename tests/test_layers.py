@@ -25,6 +25,7 @@ LAYERS = (
     {"observe"},
     {"trainer"},
     {"assemble"},
+    {"check_reward"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -74,14 +74,11 @@ def pictures(height: int = 96, width: int = 96, count: int = 3) -> Tensor:
 @pytest.fixture(scope="module")
 def clip_words() -> CLIPTokenizer:
     """CLIP's true vocabulary, from the file inside open_clip, by transformers."""
-    spec = importlib.util.find_spec("open_clip")
-    assert spec is not None and spec.origin is not None
-    file = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    tokenizer = reference.open_clip().tokenizer
+    file = Path(tokenizer.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    from open_clip.tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
+    letters = list(tokenizer.bytes_to_unicode().values())
     entries = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
     entries += ["<|startoftext|>", "<|endoftext|>"]
     words = CLIPTokenizer(

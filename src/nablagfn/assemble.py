@@ -35,13 +35,20 @@ def build_policy(config: Config, device: torch.device) -> StableDiffusionPolicy:
     )
 
 
+def build_reward(config: Config, device: torch.device) -> rewards.NamedReward:
+    """The reward on `device`. Raises ConfigError when it or its weights are missing."""
+    return rewards.resolve(
+        config.experiment.reward_fn, device, config.reward.weights, config.reward
+    )
+
+
 def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     """Check and load everything in the order of cost: names first, weights last."""
     locate(config.pretrained.model, config.pretrained.revision)
     prompts = load_prompts(config.experiment.prompt_fn)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
-    reward = rewards.resolve(config.experiment.reward_fn, accelerator.device, config.reward.weights)
+    reward = build_reward(config, accelerator.device)
     return Trainer(
         build_policy(config, accelerator.device),
         reward,

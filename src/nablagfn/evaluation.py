@@ -56,12 +56,21 @@ def draw(
     policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1]; the noise of row i depends on (seed, seeds[i]) only."""
+    latents = draw_latents(policy, table, prompts, seeds, seed=seed)
+    with torch.no_grad():
+        return policy.decode(latents).clamp(0, 1).float()
+
+
+def draw_latents(
+    policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
+) -> Tensor:
+    """The clean samples [B, ...] of `draw`."""
     noise = rng.normal(
         (table.num_steps + 1, *policy.sample_shape), seeds, seed=seed, purpose="evaluation"
     )
     condition = policy.condition(prompts, ())
     with torch.no_grad():
-        return policy.decode(rollout(policy, table, noise, condition).clean).clamp(0, 1).float()
+        return rollout(policy, table, noise, condition).clean
 
 
 class Evaluator:

@@ -11,6 +11,7 @@ from .estimators.residual_db import ResidualDB
 from .kernels import KernelTable
 from .lookahead import LogReward
 from .objectives.matching import MatchingObjective
+from .rewards import require_gradient
 from .types import Objective, Policy, Reward
 from .value_gradient import Estimator
 
@@ -39,6 +40,7 @@ def build_objective(
 def _nabla_db(config: Config, policy: Policy, reward: Reward, table: KernelTable) -> Objective:
     """Residual ∇-DB; with `model.no_flow` the guess alone."""
     m = config.model
+    require_gradient(reward, config.experiment.method)
     log_reward = LogReward(policy, reward, m.reward_scale)
     estimator: Estimator
     if m.no_flow:

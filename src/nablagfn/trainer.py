@@ -131,7 +131,7 @@ class Trainer:
             seed=config.evaluation.seed,
             critics=critics_of(config.pretrained.model),
         )
-        self.observer = Observer(evaluator, self.folder, prompts, config, show=self.show)
+        self.observer = Observer(evaluator, self.folder, prompts.evaluation, config, show=self.show)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
@@ -246,20 +246,27 @@ class Trainer:
             raise Stopped
 
     def _rewards(self, drawn: Trajectories) -> dict[str, float]:
-        """Mean and standard deviation of this epoch's rewards, over all processes."""
-        values = []
+        """Mean and standard deviation of this epoch's rewards, and the mean of each component, over
+        all processes."""
+        drawn_scores = []
         size = self.config.sampling.batch_size
         for rows in torch.arange(len(drawn.condition)).split(size):
             where = drawn.condition[rows]
             with torch.no_grad():
                 images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)])
-                values.append(self.reward(images.float(), where.prompts, where.metadata).float())
-        reward = torch.cat(values)
-        moments = distributed.average_metrics(
-            self.accelerator, {"mean": reward.mean(), "square": reward.square().mean()}
+                scores = self.reward.scores(images.float(), where.prompts, where.metadata)
+                drawn_scores.append(scores)
+        reward = torch.cat([scores.total.float() for scores in drawn_scores])
+        parts = {
+            f"reward_{name}": torch.cat([scores.parts[name] for scores in drawn_scores]).mean()
+            for name in drawn_scores[0].parts
+        }
+        means = distributed.average_metrics(
+            self.accelerator, {"mean": reward.mean(), "square": reward.square().mean(), **parts}
         )
-        variance = max(0.0, moments["square"] - moments["mean"] ** 2)
-        return {"reward": moments["mean"], "reward_std": math.sqrt(variance)}
+        variance = max(0.0, means["square"] - means["mean"] ** 2)
+        logged = {name: means[name] for name in parts}
+        return {"reward": means["mean"], "reward_std": math.sqrt(variance), **logged}
 
     def update(self, batch: Transitions) -> dict[str, float]:
         """One optimizer step on the transitions of this process; returns the logged metrics.
