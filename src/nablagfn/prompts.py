@@ -1,7 +1,7 @@
 """Immutable prompt sets; draws are a function of a generator, never of hidden state (layer 3).
 
-Named lists that are not shipped come from the folder NABLAGFN_PROMPTS or from the hub, and must have
-the published content.
+Named lists that are not shipped come from the folder NABLAGFN_PROMPTS or from the hub, and must
+have the published content.
 """
 
 from __future__ import annotations
@@ -159,13 +159,11 @@ def locate(published: Published) -> Path:
             return found
     help_text = f"set {FOLDER} to a folder that has {published.name!r}"
     if published.hub is None:
-        raise ConfigError(
-            f"this prompt list is not shipped and has no copy on the hub: {help_text}"
-        )
+        raise ConfigError(f"this list is not shipped and has no copy on the hub: {help_text}")
     try:
         return fetch(published.hub)
     except ConfigError as error:
-        raise ConfigError(f"this prompt list is not shipped: {error}; or {help_text}") from None
+        raise ConfigError(f"this list is not shipped: {error}; or {help_text}") from None
 
 
 def published_rows(published: Published) -> tuple[str, ...]:

@@ -198,7 +198,7 @@ def values(subject: Subject) -> Iterator[Row]:
     yield finite("values", score)
     if not score.isfinite().all():
         return
-    spread = max(float(score.std()), 1e-6 * float(score.abs().max()), 1e-12)
+    spread = max(float(score.std()), 1e-3 * float(score.abs().max()), 1e-12)
     unlike = subject.values(1 - images)
     if torch.equal(score, unlike) and float(score.std()) <= 1e-7 * float(score.abs().max()):
         yield Row("varies", FAIL, "constant: the same score for every picture")

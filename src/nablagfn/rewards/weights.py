@@ -6,7 +6,6 @@ shows for the pinned commits.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +151,7 @@ class Finder:
 
                 return load_file(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.PickleError) as error:
+        except Exception as error:  # torch and safetensors raise many kinds
             raise self.damaged(path, error) from None
         state = state.get("state_dict", state) if isinstance(state, dict) else state
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -184,14 +183,25 @@ class Finder:
             raise self.damaged(path, error) from None
         return module.requires_grad_(False)
 
-    def pretrained(self, kind: Any, folder: Path, **options: Any) -> Any:
-        """`kind.from_pretrained(folder)`, safetensors only. Raises ConfigError."""
+    def pretrained(self, kind: Any, folder: Path) -> Any:
+        """`kind.from_pretrained(folder)`: safetensors only, and every weight of it.
+
+        Raises ConfigError; transformers would draw what is missing at random.
+        """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
-            return kind.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, **options
+            model, info = kind.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # safetensors and transformers raise many kinds
             raise self.damaged(folder, error) from None
+        finally:
+            logging.enable_progress_bar()
+        if info["missing_keys"]:
+            raise self.damaged(folder, f"it lacks {sorted(info['missing_keys'])[0]}")
+        return model
 
     def words(self, kind: Any, folder: Path, size: int, **options: Any) -> Any:
         """`kind.from_pretrained(folder)`, a tokenizer of `size` entries.
