@@ -25,7 +25,6 @@ OK, WARN, FAIL, INFO = "ok", "warn", "FAIL", "info"
 ARGUMENTS = ("images", "prompts", "metadata")
 PROMPTS = ("a photo of a cat", "a red car in the snow", "two dogs", "an oil painting of a lake")
 SIZE = 64  # pixels of the noise pictures where no samples are given
-TINY, LARGE = 1e-4, 0.1  # changes of pixels: far below, and far above, one step of 8 bits
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4)  # root mean square of the changes for finite differences
 AGREES, DISAGREES = 0.02, 0.2  # relative error of the finite differences
 SAME = 1e-3  # of the scores' spread: rounding of other batch shapes
@@ -256,12 +255,13 @@ def no_gradient(subject: Subject, found: Tensor | None) -> Row:
     if found is not None and not bool(found.isfinite().all()):
         return finite("gradient", found)
     images = subject.images
-    base = subject.values(images)
-    if torch.equal(base, subject.values(images + LARGE)) and torch.equal(
-        base, subject.values(1 - images)
-    ):
+    score = subject.values(images)
+    if torch.equal(score, subject.values(1 - images)):
         return Row("gradient", FAIL, "zero: the score is constant")
-    if torch.equal(base, subject.values(images + TINY * images.std() * _signs(images))):
+    # a quarter step above an 8-bit level: a tenth of a step crosses no border, however one rounds
+    level = ((images * 255).floor() + 0.25) / 255
+    nudge = 0.1 / 255 * torch.where(images > images.mean(), 1.0, -1.0)
+    if torch.equal(subject.values(level), subject.values(level + nudge)):
         return Row(
             "gradient",
             FAIL,
@@ -274,10 +274,6 @@ def no_gradient(subject: Subject, found: Tensor | None) -> Row:
         "detached: the score follows the pixels, its graph does not",
         "remove detach(), no_grad(), item() and numpy from it",
     )
-
-
-def _signs(images: Tensor) -> Tensor:
-    return torch.where(images > images.mean(), 1.0, -1.0)
 
 
 def finite_differences(subject: Subject, gradient: Tensor) -> Row:
