@@ -16,7 +16,9 @@ from nablagfn.config import Config, ConfigError
 from nablagfn.methods import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import BUILT_IN, PromptSet, load_prompts, plural
+from nablagfn.trainer import Trainer
 from tests.shared import PROMPTS, needs_prompts
+from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline
 
 SIZES = {  # to train on, held out
@@ -205,3 +207,35 @@ def test_draws_are_a_function_of_seed_rank_and_step() -> None:
 def small(config: Config) -> Config:
     config.sampling.num_steps = 2
     return config
+
+
+def test_a_run_trains_on_the_set_and_measures_what_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nablagfn.evaluation as evaluation
+
+    measured: set[str] = set()
+    draw = evaluation.draw_latents
+
+    def recorded(policy, table, prompts, seeds, *, seed):
+        measured.update(prompts)
+        return draw(policy, table, prompts, seeds, seed=seed)
+
+    monkeypatch.setattr(evaluation, "draw_latents", recorded)
+    trained: set[str] = set()
+
+    def reward(images, prompts, metadata):
+        if images.requires_grad:
+            trained.update(prompts)
+        return images.mean((1, 2, 3))
+
+    trainer = Trainer(
+        StableDiffusionPolicy(make_pipeline(), seed=0),
+        reward,
+        PromptSet(("cat", "dog"), ("fox", "bee")),
+        small_config(tmp_path, no_flow=True),
+        show_progress=False,
+    )
+    trainer.fit()
+    assert trained <= {"cat", "dog"} and trained
+    assert measured <= {"fox", "bee"} and measured
