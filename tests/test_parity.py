@@ -47,6 +47,7 @@ NASTY = [
     " ",
     "it’s \t a\n“test” &lt;b&gt; &amp;amp; ÃƒÂ©tÃ©",
     "word " * 200,
+    "<b> &amp;amp; c",  # ftfy leaves entities alone beside a tag
     "日本語 emoji 🐸 naïve café ½ ﬁ",
     "x [CLS] [ENC] y",
     "DON'T 'S 're 12345",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Callable, Sequence
 
 import ftfy
@@ -19,9 +18,8 @@ CONTEXT = 77  # tokens, start and end included
 
 def clean(text: str) -> str:
     """openai-clip's and open_clip's cleaning: mojibake and curly quotes mended, HTML entities
-    resolved twice, white space single."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
+    resolved twice. White space is the tokenizer's business."""
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def as_is(text: str) -> str:
