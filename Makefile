@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check lint proofs docs tiny-animals setup clean
+.PHONY: demo test parity parity-full check lint proofs docs tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=demo
@@ -19,7 +19,23 @@ lint: $(READY)  ## style, complexity, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test  ## everything CI checks
+PARITY := $(VENV)/parity
+
+parity: $(READY) $(PARITY)/.ready  ## our rewards against their own packages, small (a minute)
+	NABLAGFN_PARITY=$(PARITY) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q -s -m "parity and not parity_full" tests/test_parity.py
+
+parity-full: $(READY) $(PARITY)/.ready  ## the same at full size (10 minutes, 10 GiB)
+	NABLAGFN_PARITY=$(PARITY) HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest -q -s -m parity_full tests/test_parity.py
+
+$(PARITY)/.ready: tests/parity.txt $(READY)
+	rm -rf $(PARITY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
+	  --target $(PARITY) -r tests/parity.txt
+	touch $@
+
+check: lint test parity  ## everything CI checks
 
 proofs: $(READY)  ## slow proofs: the demo's claims on three seeds, the gate at 50 steps
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m proof

@@ -19,13 +19,14 @@ LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
     {"rollout", "lookahead", "value_gradient", "counting", "runfolder", "optimizers"}
-    | {"distributed"},
+    | {"distributed", "hub"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
     {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"},
     {"observe"},
     {"trainer"},
     {"assemble"},
+    {"check_reward"},
     {"cli"},
     {"__init__", "__main__"},
 )

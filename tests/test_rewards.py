@@ -13,7 +13,11 @@ from torch import Tensor
 from nablagfn.config import ConfigError
 from nablagfn.lookahead import LogReward
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.prompts import PromptSet
 from nablagfn.rewards import BUILT_IN, analytic, resolve
+from nablagfn.trainer import Trainer
+from tests.test_docs import small_config
+from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld
 
 CPU = torch.device("cpu")
@@ -207,3 +211,44 @@ def test_an_own_reward_that_cannot_be_had_gives_one_line(own_rewards: str, end: 
 @pytest.mark.parametrize("spec", ["", ":", ":score", "a:b:c", ".relative:score", "no_such:f"])
 def test_a_bad_import_path_gives_one_line(spec: str) -> None:
     error_line(spec)
+
+
+class Album:
+    """Keeps each picture with the prompt it was scored with: when sampled, and when learnt from."""
+
+    def __init__(self) -> None:
+        self.sampled: list[tuple[Tensor, str]] = []
+        self.learnt: list[tuple[Tensor, str]] = []
+
+    def __call__(self, images, prompts, metadata) -> Tensor:
+        kept = self.learnt if images.requires_grad else self.sampled
+        kept += zip(images.detach().clone(), prompts, strict=True)
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("no_flow", [True, False])
+def test_a_picture_is_learnt_from_with_the_prompt_it_was_drawn_for(
+    no_flow: bool, tmp_path: Path
+) -> None:
+    """At the clean end the guess sees the sample itself, so pictures can be told apart.
+
+    The published code scored all of them with the prompts of the last sampling batch.
+    """
+    config = small_config(tmp_path, no_flow)
+    config.sampling.batch_size, config.sampling.num_batches_per_epoch = 2, 3
+    config.training.batch_size, config.training.gradient_accumulation_steps = 2, 3
+    config.training.num_epochs = 1
+    config.evaluation.num_prompts = config.logging.sample_freq = 0
+    album = Album()
+    words = tuple("abcdefghijklmnopqrstuvwxyz")
+    policy = StableDiffusionPolicy(make_pipeline(), seed=0)
+    Trainer(policy, album, PromptSet(words), config, show_progress=False).fit()
+    assert len({prompt for _, prompt in album.sampled}) > 3
+    found = [
+        (own, prompt)
+        for image, own in album.learnt
+        for sample, prompt in album.sampled
+        if (image - sample).abs().max() < 1e-5
+    ]
+    assert len(found) >= 6  # the last step may have been drawn twice
+    assert all(own == prompt for own, prompt in found)

@@ -55,7 +55,7 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     name = config.experiment.reward_fn
     if worlds.is_world(name):
         return NamedReward(name, WorldReward(worlds.load(name)))
-    return rewards.resolve(name, device, config.reward.weights)
+    return rewards.resolve(name, device, config.reward.weights, config.reward)
 
 
 def build_view(config: Config) -> View:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .trainer import RunResult
 
 BAD_INPUT = 2
+UNUSABLE = 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--checkpoint", default="", help="a folder name in RUN/checkpoints")
     sample.add_argument("--out", type=Path, default=None, help="default: RUN/samples/….png")
 
+    check = commands.add_parser(
+        "check-reward",
+        help="is a reward fit for training? a table; exit code 1 when not",
+        epilog=_options_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    check.add_argument("reward", nargs="?", default="", help="default: experiment.reward_fn")
+    check.add_argument("--config", default="", help=f"a .py file, or one of {packaged()}")
+    check.add_argument(
+        "--samples", type=int, default=8, help="pictures of the base model to try it on; 0: none"
+    )
+
     report = commands.add_parser("report", help="write RUN/report.html anew")
     report.add_argument("run", type=Path, help="a run folder")
     return parser
@@ -81,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known, rest = build_parser().parse_known_args(arguments)
         if known.command == "train":
             train(known, rest)
+        elif known.command == "check-reward":
+            check_reward(known, rest)
         elif rest:
             raise ConfigError(f"unknown argument {rest[0]}: see nablagfn {known.command} --help")
         elif known.command == "sample":
@@ -156,6 +172,22 @@ def summarise(result: RunResult) -> None:
         for name, value in after.others.items():
             print(f"{name:<22} {before.others[name]:8.4f} -> {value:8.4f}")
     print(f"report: {result.report}")
+
+
+def check_reward(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the table; exit code 1 when the reward is unusable. The default model is the shipped
+    one."""
+    config = load_config(arguments.config) if arguments.config else load_config("demo")
+    apply_overrides(config, rest)
+    if arguments.reward:
+        set_option(config, "experiment.reward_fn", arguments.reward)
+    config.check()
+    from .check_reward import check
+
+    found = check(config, arguments.samples)
+    print(found.table())
+    if not found.usable:
+        sys.exit(UNUSABLE)
 
 
 def write_report(run: Path) -> None:

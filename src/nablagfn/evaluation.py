@@ -76,13 +76,22 @@ def draw(
     policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
 ) -> Tensor:
     """Decoded samples, [B, 3, H, W]; the noise of row i depends on (seed, seeds[i]) only."""
+    latents = draw_latents(policy, table, prompts, seeds, seed=seed)
+    with torch.no_grad():
+        images = policy.decode(latents).float()
+    return images.clamp(0, 1) if images.ndim == 4 else images  # points of a world have no range
+
+
+def draw_latents(
+    policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
+) -> Tensor:
+    """The clean samples [B, ...] of `draw`."""
     noise = rng.normal(
         (table.num_steps + 1, *policy.sample_shape), seeds, seed=seed, purpose="evaluation"
     )
     condition = policy.condition(prompts, ())
     with torch.no_grad():
-        images = policy.decode(rollout(policy, table, noise, condition).clean).float()
-    return images.clamp(0, 1) if images.ndim == 4 else images  # points of a world have no range
+        return rollout(policy, table, noise, condition).clean
 
 
 class Evaluator:

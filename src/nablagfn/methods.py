@@ -24,6 +24,7 @@ from .objectives.draft_lv import DraftLV
 from .objectives.matching import MatchingObjective
 from .objectives.refl import ReFL
 from .prompts import PromptSet
+from .rewards import require_gradient
 from .rollout import StepChoice, WindowChoice
 from .types import Objective, Policy, Reward
 from .value_gradient import Estimator, StepWeight
@@ -102,8 +103,12 @@ class Parts:
 def build_objective(
     config: Config, policy: Policy, reward: Reward, prompts: PromptSet, table: KernelTable
 ) -> Objective:
-    """The objective of `experiment.method`."""
-    return METHODS[config.experiment.method](Parts(config, policy, reward, prompts, table))
+    """The objective of `experiment.method`. Raises ConfigError when the reward lacks a gradient."""
+    method = config.experiment.method
+    objective = METHODS[method](Parts(config, policy, reward, prompts, table))
+    if objective.uses_reward_gradient:
+        require_gradient(reward, method)
+    return objective
 
 
 def _nabla_db(p: Parts) -> Objective:

@@ -28,7 +28,7 @@ from .observe import Observer
 from .optimizers import build_optimizer, schedule_lr
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
-from .rewards import NamedReward, named
+from .rewards import NamedReward, Scores, named
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
 from .types import Policy, Reward, Selection, Trajectories, View
@@ -149,7 +149,8 @@ class Trainer:
             view=view,
             critics=critics_of(config.pretrained.model),
         )
-        return Observer(evaluator, self.folder, self.prompts, config, show=self.show)
+        prompts = self.prompts.evaluation
+        return Observer(evaluator, self.folder, prompts, config, show=self.show)
 
     # ------------------------------------------------------------------ the run
 
@@ -232,8 +233,9 @@ class Trainer:
         epoch, update = position.epoch, position.update
         bar.note("sampling")
         drawn = self.collector.collect(epoch, between=lambda: self._leave_if_asked(stop))
-        drawn = replace(drawn, reward=self._reward(drawn))
-        rewards = self._observe(drawn)
+        scores = self._scores(drawn)
+        drawn = replace(drawn, reward=scores.total)
+        rewards = {**self._observe(drawn), **self._components(scores)}
         self._require_finite(rewards["reward"], "the reward", "check the reward function")
         bar.note(f"reward {rewards['reward']:.3g}")
         for inner in range(self.config.training.num_inner_epochs):
@@ -258,16 +260,19 @@ class Trainer:
         if distributed.any_process(self.accelerator, stop.requested):
             raise Stopped
 
-    def _reward(self, drawn: Trajectories) -> Tensor:
-        """[B] the reward of each trajectory's end, for its own prompt."""
-        values = []
+    def _scores(self, drawn: Trajectories) -> Scores:
+        """The reward of each trajectory's end, for its own prompt, and its components, [B] each."""
+        found = []
         size = self.config.sampling.batch_size
         for rows in torch.arange(len(drawn.condition)).split(size):
             where = drawn.condition[rows]
             with torch.no_grad():
                 images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)])
-                values.append(self.reward(images.float(), where.prompts, where.metadata).float())
-        return torch.cat(values)
+                found.append(self.reward.scores(images.float(), where.prompts, where.metadata))
+        return Scores(
+            torch.cat([scores.total.float() for scores in found]),
+            {name: torch.cat([scores.parts[name] for scores in found]) for name in found[0].parts},
+        )
 
     def _observe(self, drawn: Trajectories) -> dict[str, float]:
         """Tell the objective this epoch's rewards; their mean and deviation, over all processes."""
@@ -277,6 +282,11 @@ class Trainer:
         reward = torch.tensor(values, device=drawn.x.device)
         self.objective.observe(prompts, reward)
         return {"reward": float(reward.mean()), "reward_std": float(reward.std(unbiased=False))}
+
+    def _components(self, scores: Scores) -> dict[str, float]:
+        """Mean of each component of a composed reward, over all processes."""
+        parts = {f"reward_{name}": value.mean() for name, value in scores.parts.items()}
+        return distributed.average_metrics(self.accelerator, parts) if parts else {}
 
     def update(self, chosen: Selection) -> dict[str, float]:
         """One optimizer step on the transitions of this process; returns the logged metrics.

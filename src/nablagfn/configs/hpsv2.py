@@ -8,6 +8,7 @@ def get_config() -> Config:
     config = Config()
     config.experiment.reward_fn = "hpsv2"
     config.experiment.prompt_fn = "hpd_photo_painting"
+    config.evaluation.num_prompts = 20  # all that are held out
     config.training.batch_size = 2
     config.training.gradient_accumulation_steps = 16
     config.model.reward_scale = 1e4

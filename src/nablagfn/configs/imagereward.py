@@ -8,4 +8,5 @@ def get_config() -> Config:
     config = Config()
     config.experiment.reward_fn = "imagereward"
     config.experiment.prompt_fn = "drawbench"
+    config.evaluation.num_prompts = 18  # all that are held out
     return config

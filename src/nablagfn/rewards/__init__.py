@@ -1,5 +1,6 @@
-"""Rewards: differentiable scores of images; `resolve` finds one by name or import path."""
+"""Rewards: scores of images; `resolve` finds one by name, import path or weighted sum."""
 
-from .registry import BUILT_IN, NamedReward, named, resolve
+from .compose import Scores
+from .registry import BUILT_IN, NamedReward, named, require_gradient, resolve
 
-__all__ = ["BUILT_IN", "NamedReward", "named", "resolve"]
+__all__ = ["BUILT_IN", "NamedReward", "Scores", "named", "require_gradient", "resolve"]
