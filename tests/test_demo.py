@@ -1,4 +1,4 @@
-"""`make demo`'s claims, with the shipped settings (minutes: `make proofs`)."""
+"""`make demo`'s claims, with the shipped settings (half an hour: `make proofs-demo`)."""
 
 from __future__ import annotations
 

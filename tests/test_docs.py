@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, resolve_reward
+from nablagfn.config import set_option
+from nablagfn.methods import METHODS, build_kernel
+from nablagfn.rewards import NamedReward
 from nablagfn.runfolder import RunFolder
+from nablagfn.worlds import load
+from nablagfn.worlds.policy import WorldPolicy, WorldReward
+from nablagfn.worlds.view import WorldView
 
 from .tiny_pipeline import make_pipeline
 
@@ -20,6 +28,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 NEED_A_CLASSIFIER = {"probe_recognised"}
+BASE = 2_000  # samples behind a world's target: names matter here, figures do not
+SAMPLES = 100  # the fewest of a prompt that a world measures
 
 
 def documented() -> set[str]:
@@ -69,26 +79,101 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, RunFolder]:
     return {no_flow: run(tmp_path_factory.mktemp("runs"), no_flow) for no_flow in (False, True)}
 
 
+@dataclass(frozen=True)
+class Case:
+    """A run in a world: a method and options that change which keys it logs."""
+
+    method: str
+    world: str = "ring"
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join([self.method, self.world, *(f"{k}={v}" for k, v in self.options)])
+
+
+CASES = [
+    *(Case(method) for method in METHODS),
+    Case("nabla-db", options=(("model.no_flow", True),)),
+    Case("nabla-db-lambda", options=(("method.window", 2), ("method.return_lambda", 0.5))),
+    Case("nabla-db-lambda", options=(("method.return_lambda", 1.0),)),
+    Case("nabla-db-lambda", world="gaussian"),
+]
+
+
+@cache
+def view_of(world: str, num_steps: int) -> WorldView:
+    """One for all runs, which share its target and its floors."""
+    config = Config()
+    config.sampling.num_steps = num_steps
+    policy = WorldPolicy(load(world))
+    return WorldView(policy.world, build_kernel(config, policy), count=BASE)
+
+
+def run_in_world(case: Case, output: Path) -> RunFolder:
+    """Two updates of a method in a world, a probe at the end, and both measurements."""
+    world = load(case.world)
+    config = small_config(output, no_flow=False)
+    config.experiment.reward_fn = config.pretrained.model = world.name
+    config.evaluation.images_per_prompt = config.logging.samples_per_prompt = SAMPLES
+    config.evaluation.batch_size = SAMPLES
+    config.logging.sample_freq = 2
+    for key, value in (("experiment.method", case.method), *case.options):
+        set_option(config, key, value)
+    trainer = Trainer(
+        WorldPolicy(world),
+        NamedReward(world.name, WorldReward(world)),
+        PromptSet(world.prompts),
+        config,
+        view=view_of(case.world, config.sampling.num_steps),
+        show_progress=False,
+    )
+    assert trainer.fit().updates == 2
+    return trainer.folder
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, RunFolder]:
+    """Every method, once in a world; without plots, which take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nablagfn.report.build", lambda folder: None)
+        patch.setattr(WorldView, "save", lambda *arguments: None)
+        return {case: run_in_world(case, tmp_path_factory.mktemp("worlds")) for case in CASES}
+
+
 def logged(folder: RunFolder) -> set[str]:
     rows = folder.metrics()
     assert [row["update"] for row in rows] == [1, 2]
     return set().union(*rows)
 
 
-@pytest.mark.parametrize("no_flow", [False, True])
-def test_every_logged_key_is_documented(runs: dict[bool, RunFolder], no_flow: bool) -> None:
-    assert logged(runs[no_flow]) <= documented()
-
-
-def test_every_evaluated_key_is_documented(runs: dict[bool, RunFolder]) -> None:
-    evaluation = runs[False].read_json("evaluation.json")
+def evaluated(folder: RunFolder) -> set[str]:
+    """The keys of evaluation.json; figures in `others` have the names of probes."""
+    evaluation = folder.read_json("evaluation.json")
     assert set(evaluation) == {"before", "after", "updates"}
-    assert set(evaluation["after"]) <= documented()
+    assert set(evaluation["before"]["others"]) == set(evaluation["after"]["others"])
+    return set(evaluation["after"]) | {f"probe_{name}" for name in evaluation["after"]["others"]}
 
 
-def test_every_documented_key_is_logged(runs: dict[bool, RunFolder]) -> None:
-    known = logged(runs[False]) | set(runs[False].read_json("evaluation.json")["after"])
-    assert documented() - NEED_A_CLASSIFIER == known
+@pytest.mark.parametrize("no_flow", [False, True])
+def test_every_key_of_a_picture_run_is_documented(
+    runs: dict[bool, RunFolder], no_flow: bool
+) -> None:
+    assert logged(runs[no_flow]) | evaluated(runs[no_flow]) <= documented()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_key_of_every_method_is_documented(worlds: dict[Case, RunFolder], case: Case) -> None:
+    found = logged(worlds[case]) | evaluated(worlds[case])
+    assert "probe_mmd2" in found
+    assert sorted(found - documented()) == []
+
+
+def test_every_documented_key_is_logged(
+    runs: dict[bool, RunFolder], worlds: dict[Case, RunFolder]
+) -> None:
+    folders = [*runs.values(), *worlds.values()]
+    known = set().union(*(logged(folder) | evaluated(folder) for folder in folders))
+    assert sorted(documented() - known - NEED_A_CLASSIFIER) == []
 
 
 def test_the_zeros_that_metrics_md_promises_at_the_first_update(
@@ -100,12 +185,34 @@ def test_the_zeros_that_metrics_md_promises_at_the_first_update(
     assert first["guess_sq"] > 0
 
 
-def test_every_file_of_a_run_is_documented(runs: dict[bool, RunFolder]) -> None:
+def test_the_zeros_that_metrics_md_promises_of_other_methods(
+    worlds: dict[Case, RunFolder],
+) -> None:
+    first = {str(case): folder.metrics()[0] for case, folder in worlds.items()}
+    ours, ddpo, dag = (first[f"{name}-ring"] for name in ("nabla-db-lambda", "ddpo", "dag-db"))
+    assert ours["residual_score_sq"] == ours["flow_sq"] == ddpo["ratio_clipped"] == 0
+    assert dag["log_ratio"] == 0
+    assert ours["value_gradient_sq"] > 0 and ours["loss_bellman"] > 0
+
+
+def test_the_cost_of_windows_is_that_of_the_documents(worlds: dict[Case, RunFolder]) -> None:
+    """docs/methods.md: 8n evaluations and 2n decodes per path, 2 evaluations less at x_N."""
+    (folder,) = (run for case, run in worlds.items() if ("method.window", 2) in case.options)
+    paths, drawing, n = 2, 3, 2
+    for row in folder.metrics():
+        saved = paths * (drawing + 8 * n) - row["model_evals"]
+        assert saved in {0, 2, 4}
+        assert row["decode_evals"] == paths * 2 * n
+
+
+def test_every_file_of_a_run_is_documented(
+    runs: dict[bool, RunFolder], worlds: dict[Case, RunFolder]
+) -> None:
     text = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
-    folder = runs[False]
-    newest = sorted(folder.checkpoints.iterdir())[-1]
-    names = {p.name for p in (*folder.path.iterdir(), *newest.iterdir())}
-    assert [name for name in sorted(names) if name not in text] == []
+    for folder in (runs[False], worlds[CASES[0]]):
+        newest = sorted(folder.checkpoints.iterdir())[-1]
+        names = {p.name for p in (*folder.path.iterdir(), *newest.iterdir())}
+        assert [name for name in sorted(names) if name not in text] == []
 
 
 def test_options_page_is_up_to_date() -> None:

@@ -218,6 +218,28 @@ def test_the_flow_s_loss_is_the_distance_of_v_from_the_return(
     close(scene.losses(estimator).terms["bellman"], mean_square(k.std * (known + learned - back)))
 
 
+def test_the_hint_is_the_guess_s_x_clean_at_both_ends(scene: Scene) -> None:
+    """g_φ sees x̂_#(x_{k+1}) for v̂ and x̂_#(x_k) for its own loss; at the clean end x itself."""
+    seen: list[Tensor] = []
+
+    class Spy(PlaneFlow):
+        def forward(self, x, timestep, condition, hint=None):
+            seen.append(hint.detach())
+            return super().forward(x, timestep, condition, hint)
+
+    flow = Spy(scene.world.alphas_cumprod, 16, seed=5, hint=2)
+    scene.losses(scene.ours(flow, 0.0, hint=True))
+    batch = scene.chosen.transitions({})
+    k = scene.table.at(batch.step, batch.x)
+    with scene.world.reference(), torch.no_grad():
+        after = scene.world.eps(batch.x_next, k.timestep_next, batch.condition)
+        here = scene.world.eps(batch.x, k.timestep, batch.condition)
+    after = kernels.predict_clean(batch.x_next, after, k.alpha_bar_next)
+    after = torch.where(k.last[:, None], batch.x_next, after)
+    close(seen[0], after)
+    close(seen[1], kernels.predict_clean(batch.x, here, k.alpha_bar))
+
+
 def test_v_is_exact_at_the_clean_end(scene: Scene) -> None:
     """Whatever g_φ says there."""
     batch = scene.chosen.transitions({})

@@ -472,9 +472,11 @@ def test_the_adapter_is_added_to_the_score() -> None:
     time, condition = torch.tensor([1, 100, 400, 700, 999]), policy.condition(["east"] * 5)
     noise = (1 - policy.alphas_cumprod[time][:, None]).sqrt()
     with policy.reference():
-        before = -policy.eps(x, time, condition) / noise
-    after = -policy.eps(x, time, condition) / noise
-    added = policy.adapter(x, time, condition)
+        eps_ref = policy.eps(x, time, condition)
+    before, after = -eps_ref / noise, -policy.eps(x, time, condition) / noise
+    alpha_bar = policy.alphas_cumprod[time][:, None]
+    x_clean = (x - noise * eps_ref) / alpha_bar.sqrt()
+    added = policy.adapter(x, time, condition, x_clean)
     assert float(added.detach().abs().min()) > 1e-3
     torch.testing.assert_close(after - before, added, rtol=1e-9, atol=1e-9)
 
@@ -483,13 +485,13 @@ def test_the_adapter_sees_time_and_prompt() -> None:
     policy = WorldPolicy(worlds.load("prompts"))
     randomise(policy.parameters(), 0.2)
     x, time = torch.zeros(3, 2), torch.full((3,), 500)
-    by_prompt = policy.adapter(x, time, policy.condition(policy.world.prompts))
+    by_prompt = policy.adapter(x, time, policy.condition(policy.world.prompts), x)
     assert len({tuple(row) for row in by_prompt.tolist()}) == 3
     same = policy.condition([policy.world.prompts[0]] * 3)
-    by_time = policy.adapter(x, torch.tensor([1, 500, 999]), same)
+    by_time = policy.adapter(x, torch.tensor([1, 500, 999]), same, x)
     assert len({tuple(row) for row in by_time.tolist()}) == 3
     with pytest.raises(ValueError, match="embeds"):
-        policy.adapter(x, time, WorldPolicy(worlds.load("ring")).condition(["east"] * 3))
+        policy.adapter(x, time, WorldPolicy(worlds.load("ring")).condition(["east"] * 3), x)
 
 
 def test_adapter_and_flow_have_their_own_seeds_and_leave_the_global_one() -> None:

@@ -28,12 +28,12 @@ def sd_alphas_cumprod() -> Tensor:
     return (1 - betas).cumprod(0)
 
 
-def _mlp(hidden: int, seed: int) -> nn.Sequential:
-    """[M, INPUTS] -> [M, 2]; the last layer is zero."""
+def _mlp(hidden: int, seed: int, hint: int = 0) -> nn.Sequential:
+    """[M, INPUTS + hint] -> [M, 2]; the last layer is zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Sequential(
-            nn.Linear(INPUTS, hidden),
+            nn.Linear(INPUTS + hint, hidden),
             nn.SiLU(),
             nn.Linear(hidden, hidden),
             nn.SiLU(),
@@ -53,13 +53,16 @@ def _inputs(x: Tensor, level: Tensor) -> Tensor:
 class PlaneFlow(nn.Module):
     """g_φ of the plane: a small MLP, exactly zero at start."""
 
-    def __init__(self, alphas_cumprod: Tensor, hidden: int, seed: int) -> None:
+    def __init__(self, alphas_cumprod: Tensor, hidden: int, seed: int, *, hint: int = 0) -> None:
         super().__init__()
         self.levels = alphas_cumprod
-        self.net = _mlp(hidden, seed)
+        self.net = _mlp(hidden, seed, hint)
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        return self.net(_inputs(x, self.levels[timestep][:, None]))
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition, hint: Tensor | None = None
+    ) -> Tensor:
+        inputs = _inputs(x, self.levels[timestep][:, None])
+        return self.net(inputs if hint is None else torch.cat([inputs, hint], 1))
 
 
 class MixtureWorld:
@@ -131,8 +134,10 @@ class MixtureWorld:
         """The sample is its own picture, [M, 2]."""
         return x
 
-    def make_flow(self, widths: Sequence[int], layers_per_block: int, seed: int) -> nn.Module:
-        return PlaneFlow(self.alphas_cumprod, 16, seed)
+    def make_flow(
+        self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
+    ) -> nn.Module:
+        return PlaneFlow(self.alphas_cumprod, 16, seed, hint=2 if hint else 0)
 
     def settings(self) -> dict[str, Any]:
         return {}

@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads each would crawl
 
@@ -25,11 +26,11 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from nablagfn.runfolder import RunFolder
 
 SEEDS = (0, 1, 2)
-COMPARED = 150  # updates of the comparison
+COMPARED = 100  # updates of the comparison
 FULL = 1000  # updates of the claim
 SAME_COST = 500  # updates of Adjoint Matching for the model evaluations of the claim
 WORLDS = ("ring", "ring-quadratic", "gaussian", "mixture-16d", "prompts")
-PROBES = 5  # measurements of each run
+PROBES = {"claim": 5, "compared": 4, "study": 1}  # measurements of each run
 OURS, ADJOINT = "∇-DB(λ)", "Adjoint Matching"
 PUBLISHED = {"experiment.method": "nabla-db", "model.reward_adaptive_mode": "squared"}
 METHODS: dict[str, dict[str, object]] = {
@@ -69,6 +70,11 @@ STUDY: dict[str, dict[str, object]] = {
 STUDIED = "prompts"
 
 
+def safe_name(*parts: str) -> str:
+    """Labels in characters that a folder's name can have."""
+    return "-".join("".join(c if c.isalnum() else " " for c in " ".join(parts)).split())
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: which table it belongs to, and everything that defines it."""
@@ -83,8 +89,7 @@ class Run:
     @property
     def experiment(self) -> str:
         """The label in characters that a folder's name can have."""
-        words = "".join(c if c.isalnum() else " " for c in self.label).split()
-        return f"{'-'.join(words)}-{self.updates}"
+        return safe_name(self.label, str(self.updates))
 
     def folder(self, out: Path) -> RunFolder:
         name = f"worlds-{self.world}_{self.experiment}_seed{self.seed}"
@@ -98,7 +103,7 @@ class Run:
         options = {
             **dict(self.options),
             "training.num_epochs": self.updates,
-            "logging.sample_freq": max(1, self.updates // PROBES),
+            "logging.sample_freq": max(1, self.updates // PROBES[self.table]),
             "logging.save_freq": self.updates,
             "saving.output_dir": out / self.table,
         }
@@ -128,7 +133,15 @@ def runs(worlds: Sequence[str]) -> list[Run]:
     return sorted(found, key=lambda run: run.table != "claim")
 
 
-def carry_out(job: tuple[Run, Path]) -> str:
+class Job(Protocol):
+    """A training of a proof."""
+
+    def done(self, out: Path) -> bool: ...
+
+    def arguments(self, out: Path) -> list[str]: ...
+
+
+def carry_out(job: tuple[Job, Path]) -> str:
     """One run through the command line of this very process; '' or what went wrong."""
     import torch
 
@@ -144,8 +157,23 @@ def carry_out(job: tuple[Run, Path]) -> str:
             main(run.arguments(out))
     except SystemExit:
         lines = said.getvalue().strip().splitlines()
-        return f"{run.world}, {run.label}, seed {run.seed}: {lines[-1] if lines else 'ended'}"
+        return f"{run}: {lines[-1] if lines else 'ended'}"
     return ""
+
+
+def carry_out_all(wanted: Sequence[Job], out: Path, processes: int) -> list[str]:
+    """All runs, several at a time, with a progress bar; what went wrong."""
+    failures = []
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns) as bar, context.Pool(processes) as pool:
+        task = bar.add_task("runs", total=len(wanted))
+        for failure in pool.imap_unordered(carry_out, [(run, out) for run in wanted]):
+            bar.advance(task)
+            if failure:
+                failures.append(failure)
+                bar.console.print(failure)
+    return failures
 
 
 def main() -> None:
@@ -159,16 +187,7 @@ def main() -> None:
     wanted = runs(arguments.worlds)
     failures = []
     if not arguments.only_write:
-        columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
-        context = multiprocessing.get_context("spawn")
-        with Progress(*columns) as bar, context.Pool(arguments.processes) as pool:
-            task = bar.add_task("runs", total=len(wanted))
-            jobs = [(run, arguments.out) for run in wanted]
-            for failure in pool.imap_unordered(carry_out, jobs):
-                bar.advance(task)
-                if failure:
-                    failures.append(failure)
-                    bar.console.print(failure)
+        failures = carry_out_all(wanted, arguments.out, arguments.processes)
     print(f"wrote {write(wanted, arguments.out, arguments.docs)}")
     if failures:
         raise SystemExit(f"{len(failures)} of {len(wanted)} runs ended early")

@@ -212,7 +212,12 @@ def write(runs: Sequence[Run], out: Path, docs: Path) -> Path:
     text = environment.get_template("proofs.md.j2").render(
         worlds=worlds,
         compared_worlds=list(dict.fromkeys(world for world, _ in compared)),
-        ours=claim_rows(claim, "∇-DB(0)"),
+        ours=claim_rows(claim, "∇-DB(λ)"),
+        updates=max((seeds[0][-1].updates for seeds in compared.values()), default=0),
+        same_cost=max(
+            (s[0][-1].updates for (_, label), s in claim.items() if label.startswith("Adj")),
+            default=0,
+        ),
         adjoint=claim_rows(claim, "Adjoint Matching"),
         equal_updates=table(compared, lambda points: points[-1]),
         equal_evals=table(compared, lambda points: at_cost(points, budget)),
