@@ -195,6 +195,15 @@ def test_continuing_with_other_settings_names_them(change: str, tmp_path: Path) 
     assert len(message.splitlines()) == 1 and "--resume=never" in message
 
 
+def test_a_schedule_that_ends_with_the_run_fixes_its_length(tmp_path: Path) -> None:
+    old, new = Config(), Config()
+    old.training.lr_schedule = new.training.lr_schedule = "cosine"
+    check_same_settings(old, new, tmp_path)
+    new.training.num_epochs = 7
+    with pytest.raises(ConfigError, match="training.num_epochs"):
+        check_same_settings(old, new, tmp_path)
+
+
 # -------------------------------------------------------------------------------- checkpoints
 
 

@@ -164,7 +164,7 @@ class MethodSettings(Group):
         ge=0,
         le=1,
         description="nabla-db-lambda: λ of the return; 0 bootstraps after one step, 1 is the lean "
-        "adjoint. Above 0 every update sweeps whole trajectories",
+        "adjoint. Above 0 and without method.window every update sweeps whole trajectories",
     )
     window: int = Field(
         0,

@@ -160,10 +160,13 @@ def fresh_folder(folder: RunFolder) -> RunFolder:
 def check_same_settings(old: Config, new: Config, folder: Path) -> None:
     """Raises ConfigError when a run would be continued with settings that change its result."""
     before, after = flatten(old), flatten(new)
+    free = CHANGEABLE
+    if new.training.lr_schedule != "constant":  # the schedule ends with the last epoch
+        free = tuple(key for key in CHANGEABLE if key != "training.num_epochs")
     changed = [
         f"{key} ({before[key]} -> {after[key]})"
         for key in after
-        if before[key] != after[key] and not key.startswith(CHANGEABLE)
+        if before[key] != after[key] and not key.startswith(free)
     ]
     if changed:
         raise ConfigError(
