@@ -200,7 +200,7 @@ def test_a_schedule_that_ends_with_the_run_fixes_its_length(tmp_path: Path) -> N
     old.training.lr_schedule = new.training.lr_schedule = "cosine"
     check_same_settings(old, new, tmp_path)
     new.training.num_epochs = 7
-    with pytest.raises(ConfigError, match="training.num_epochs"):
+    with pytest.raises(ConfigError, match=r"training\.num_epochs"):
         check_same_settings(old, new, tmp_path)
 
 
