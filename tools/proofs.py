@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, object]] = {
     "DRaFT-LV": {"experiment.method": "draft-lv"},
     "AlignProp": {"experiment.method": "alignprop"},
 }
+DIVERGED = "is not finite"  # an outcome: without a prior, a linear reward has no maximum
 CLAIMED = {OURS: FULL, ADJOINT: SAME_COST}
 SCATTERED: dict[str, object] = {"method.window": 0, "method.return_lambda": 0.0}
 STUDY: dict[str, dict[str, object]] = {
@@ -157,7 +158,8 @@ def carry_out(job: tuple[Job, Path]) -> str:
             main(run.arguments(out))
     except SystemExit:
         lines = said.getvalue().strip().splitlines()
-        return f"{run}: {lines[-1] if lines else 'ended'}"
+        reason = lines[-1] if lines else "ended"
+        return "" if DIVERGED in reason else f"{run}: {reason}"
     return ""
 
 

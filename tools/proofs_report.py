@@ -88,7 +88,7 @@ def cell(points: Sequence[Point | None]) -> str:
     """MMD² over floor and KL of several seeds in one table cell."""
     known = [p for p in points if p is not None]
     if not known:
-        return "–"
+        return "no end"
     ratio, kl = [p.ratio for p in known], [p.kl for p in known]
     return f"{interval(ratio, '.1f')} / {interval(kl, '.3f')}"
 
@@ -130,25 +130,34 @@ def claim_rows(found: Curves, label: str) -> list[dict[str, Any]]:
 def draw_costs(found: Curves, path: Path) -> None:
     """MMD² over floor against model evaluations, a panel per world, a line per method."""
     worlds = list(dict.fromkeys(world for world, _ in found))
+    labels = list(dict.fromkeys(label for _, label in found))
+    colors = plt.get_cmap("tab20" if len(labels) > 10 else "tab10")
     figure, panels = plt.subplots(
         1, len(worlds), figsize=(3.6 * len(worlds), 3.4), sharey=True, layout="constrained"
     )
     for panel, world in zip(panels if len(worlds) > 1 else [panels], worlds, strict=True):
-        for i, ((name, label), seeds) in enumerate(found.items()):
+        for (name, label), seeds in found.items():
             if name != world:
                 continue
             length = min(map(len, seeds))
             mean = [sum(s[j].ratio for s in seeds) / len(seeds) for j in range(length)]
             cost = [seeds[0][j].evals / 1e6 for j in range(length)]
             style = "-" if label.startswith(("∇", "Adjoint")) else "--"
-            panel.plot(cost, mean, style, label=label, color=f"C{i % 10}", lw=1.6)
+            panel.plot(cost, mean, style, label=label, color=colors(labels.index(label)), lw=1.6)
         panel.axhline(3, color="0.6", lw=0.8)
         panel.set(title=f"worlds/{world}", yscale="log", xlabel="model evaluations (millions)")
         panel.spines[["top", "right"]].set_visible(False)
-    first = panels[0] if len(worlds) > 1 else panels
-    first.set_ylabel("MMD² / sampling floor")
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    shown = list(panels) if len(worlds) > 1 else [panels]
+    shown[0].set_ylabel("MMD² / sampling floor")
+    pairs = [panel.get_legend_handles_labels() for panel in shown]
+    known = {
+        name: handle
+        for handles, names in pairs
+        for handle, name in zip(handles, names, strict=True)
+    }
+    figure.legend(
+        known.values(), known.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -187,6 +196,9 @@ def draw_samples(runs: Sequence[Run], out: Path, world: str, path: Path) -> None
         panel.scatter(x[:, 0], x[:, 1], s=2, alpha=0.35, color=color, lw=0)
         panel.set(xlim=(-3.3, 3.3), ylim=(-3.3, 3.3), aspect="equal")
         panel.set_title(label, fontsize=10)
+        if float((x.abs().amax(1) > 3.3).float().mean()) > 0.3:
+            where = f"outside: mean x₁ {float(x[:, 0].mean()):.3g}"
+            panel.text(0, 0, where, ha="center", va="center", fontsize=9, color="0.4")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
