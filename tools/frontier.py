@@ -25,7 +25,7 @@ from nablagfn.runfolder import RunFolder
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-UPDATES = 8
+UPDATES = 6
 SCALES = (100.0, 1_000.0, 10_000.0)
 TILTING: dict[str, dict[str, object]] = {
     "residual ∇-DB (paper)": {},

@@ -160,7 +160,7 @@ def fresh_folder(folder: RunFolder) -> RunFolder:
 def check_same_settings(old: Config, new: Config, folder: Path) -> None:
     """Raises ConfigError when a run would be continued with settings that change its result."""
     before, after = flatten(old), flatten(new)
-    free = CHANGEABLE
+    free: tuple[str, ...] = CHANGEABLE
     if new.training.lr_schedule != "constant":  # the schedule ends with the last epoch
         free = tuple(key for key in CHANGEABLE if key != "training.num_epochs")
     changed = [
