@@ -19,7 +19,7 @@ LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
     {"rollout", "lookahead", "value_gradient", "counting", "runfolder", "optimizers"}
-    | {"distributed", "hub"},
+    | {"distributed", "hub", "backoff"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
     {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"},

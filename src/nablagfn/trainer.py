@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import distributed, report, runfolder
+from . import backoff, distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
 from .config import Config, ConfigError, set_option
@@ -118,6 +118,7 @@ class Trainer:
         ]
         self.optimizer = build_optimizer(config.training, *self._groups)
         self.scaler = distributed.gradient_scaler(config, self.accelerator.device)
+        self.rows = config.training.micro_batch or config.training.batch_size
         self.log = RunLog(self.accelerator, self.folder, config)
         self.collector = Collector(
             working,
@@ -157,10 +158,14 @@ class Trainer:
     def fit(self) -> RunResult:
         """Train to `training.num_epochs`, continuing from the newest checkpoint if there is one.
 
-        Raises TrainingError when the loss is no longer finite.
+        Raises TrainingError when the loss is no longer finite, or when one transition at a time
+        is too much for the device's memory.
         """
         with self.folder.lock() if self.accelerator.is_main_process else nullcontext():
-            return self._fit()
+            try:
+                return self._fit()
+            except torch.OutOfMemoryError:
+                raise TrainingError(f"out of memory: {backoff.SAVE_MEMORY}") from None
 
     def _fit(self) -> RunResult:
         """`fit`, with the run folder held."""
@@ -293,12 +298,22 @@ class Trainer:
 
         The loss is the mean over all transitions, whatever the micro-batch.
         """
+        fitted = backoff.fit(lambda rows: self._accumulate(chosen, rows), self.rows, self._say)
+        self.rows = fitted.rows
+        return {**distributed.average_metrics(self.accelerator, fitted.value), **self._step()}
+
+    def _say(self, text: str) -> None:
+        """From every process: each has its own memory."""
+        console.print(f"process {self.accelerator.process_index}: {text}")
+
+    def _accumulate(self, chosen: Selection, rows: int) -> dict[str, Tensor]:
+        """The update's gradients, `rows` transitions at a time; sums of loss terms and metrics."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.limit_rows(rows)
         batch = chosen.transitions(self.objective.prepare(chosen))
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
-        size = self.config.training.micro_batch or self.config.training.batch_size
-        for rows in torch.arange(len(batch)).split(size):
-            losses = self.objective.losses(batch[rows])
+        for part in torch.arange(len(batch)).split(rows):
+            losses = self.objective.losses(batch[part])
             loss = losses.total().sum() / len(batch)
             self.scaler.scale(loss).backward()
             sums["loss"] += loss.detach()
@@ -306,7 +321,7 @@ class Trainer:
                 sums[f"loss_{name}"] += value.detach().sum() / len(batch)
             for name, value in losses.metrics.items():
                 sums[name] += value.sum() / len(batch)
-        return {**distributed.average_metrics(self.accelerator, sums), **self._step()}
+        return sums
 
     def _step(self) -> dict[str, float]:
         """Average gradients over processes, clip each group, step once."""

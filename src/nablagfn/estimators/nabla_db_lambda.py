@@ -71,6 +71,9 @@ class NablaDBLambda(Estimator):
         self.needs_input_graph = flow is not None
         self.modules = nn.ModuleDict({} if flow is None else {"flow": flow})
 
+    def limit_rows(self, rows: int) -> None:
+        self.chunk = rows
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """G_k and v_{k+1} of every chosen transition, where a sweep is needed."""
         if not self.sweeps:
