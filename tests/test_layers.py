@@ -19,10 +19,10 @@ LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
     {"rollout", "lookahead", "value_gradient", "counting", "runfolder", "optimizers"}
-    | {"distributed", "hub", "backoff"},
+    | {"distributed", "hub", "backoff", "costs"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
-    {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"},
+    {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"} | {"architectures"},
     {"observe"},
     {"trainer"},
     {"assemble"},
