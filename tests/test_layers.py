@@ -18,8 +18,8 @@ LONGEST = 60  # lines of a function, its docstring left out
 LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
-    {"rollout", "lookahead", "value_gradient", "counting", "runfolder", "optimizers"}
-    | {"distributed", "hub", "backoff", "costs"},
+    {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder"}
+    | {"optimizers", "distributed", "hub", "backoff", "costs"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
     {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"} | {"architectures"},

@@ -215,13 +215,13 @@ def test_a_run_trains_on_the_set_and_measures_what_is_held_out(
     import nablagfn.evaluation as evaluation
 
     measured: set[str] = set()
-    draw = evaluation.draw_latents
+    draw = evaluation.draw_paths
 
     def recorded(policy, table, prompts, seeds, *, seed):
         measured.update(prompts)
         return draw(policy, table, prompts, seeds, seed=seed)
 
-    monkeypatch.setattr(evaluation, "draw_latents", recorded)
+    monkeypatch.setattr(evaluation, "draw_paths", recorded)
     trained: set[str] = set()
 
     def reward(images, prompts, metadata):

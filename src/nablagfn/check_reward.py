@@ -8,7 +8,7 @@ from torch import Tensor
 from .assemble import build_policy, build_reward
 from .config import Config, ConfigError
 from .distributed import process_state
-from .evaluation import draw_latents
+from .evaluation import decoded, draw_paths
 from .lookahead import LogReward
 from .methods import build_kernel
 from .prompts import load_prompts
@@ -32,9 +32,9 @@ def check(config: Config, samples: int) -> Check:
     policy = build_policy(config, device)
     table = build_kernel(config, policy)
     with policy.reference():
-        latents = draw_latents(policy, table, prompts, range(samples), seed=config.evaluation.seed)
-    with torch.no_grad():
-        pictures = policy.decode(latents).clamp(0, 1).float()
+        paths = draw_paths(policy, table, prompts, range(samples), seed=config.evaluation.seed)
+    latents = paths.clean
+    pictures = decoded(policy, latents)
     return check_reward(
         reward,
         pictures,

@@ -122,8 +122,16 @@ def _memory_saving_attention() -> Iterator[None]:
         enable_gqa: bool = False,
     ) -> Tensor:
         if query.device.type != "meta" or attn_mask is not None:
-            options = {"scale": scale, "enable_gqa": enable_gqa}
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            return plain(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         return kernel(query, key, value, dropout_p, is_causal)[0]
 

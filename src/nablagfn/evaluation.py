@@ -17,13 +17,17 @@ from .critics import AnimalClassifier
 from .distributed import gather
 from .features import features, pairwise_diversity
 from .kernels import KernelTable
+from .path_kl import path_kl
 from .rollout import rollout
-from .types import Policy, Reward, View
+from .types import Policy, Reward, Trajectories, View
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured picture. recognised is None where no classifier knows the prompt."""
+    """One measured picture. recognised is None where no classifier knows the prompt.
+
+    path_kl: the KL of its path's steps against the pretrained model's, in nats; 0 for the latter.
+    """
 
     index: int
     prompt: str
@@ -31,6 +35,7 @@ class Sample:
     feature: Tensor
     image: Tensor
     recognised: bool | None
+    path_kl: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Measurement:
     """Figures of one set of samples.
 
     diversity: mean feature distance within prompts, in [0, 2] for pictures. others: those of
-    `View.measures`.
+    `View.measures`. path_kl: KL(p_θ‖p_#) of the paths, in nats.
     """
 
     num_samples: int
@@ -47,13 +52,19 @@ class Measurement:
     diversity: float
     recognised: float | None
     others: dict[str, float] = field(default_factory=dict)
+    path_kl: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def headline(self) -> dict[str, float]:
-        """The figures worth a curve: reward, diversity, and recognised where it is known."""
-        figures = {"reward": self.reward_mean, "diversity": self.diversity, **self.others}
+        """The figures worth a curve; recognised where it is known."""
+        figures = {
+            "reward": self.reward_mean,
+            "diversity": self.diversity,
+            "path_kl": self.path_kl,
+            **self.others,
+        }
         return figures if self.recognised is None else {**figures, "recognised": self.recognised}
 
 
@@ -76,22 +87,24 @@ def draw(
     policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
 ) -> Tensor:
     """Decoded samples, [B, 3, H, W]; the noise of row i depends on (seed, seeds[i]) only."""
-    latents = draw_latents(policy, table, prompts, seeds, seed=seed)
+    return decoded(policy, draw_paths(policy, table, prompts, seeds, seed=seed).clean)
+
+
+def decoded(policy: Policy, latents: Tensor) -> Tensor:
+    """Clean samples [B, ...] as they are looked at: pictures clamped to [0, 1], no graph."""
     with torch.no_grad():
         images = policy.decode(latents).float()
     return images.clamp(0, 1) if images.ndim == 4 else images  # points of a world have no range
 
 
-def draw_latents(
+def draw_paths(
     policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
-) -> Tensor:
-    """The clean samples [B, ...] of `draw`."""
+) -> Trajectories:
+    """The whole paths of `draw`."""
     noise = rng.normal(
         (table.num_steps + 1, *policy.sample_shape), seeds, seed=seed, purpose="evaluation"
     )
-    condition = policy.condition(prompts, ())
-    with torch.no_grad():
-        return rollout(policy, table, noise, condition).clean
+    return rollout(policy, table, noise, policy.condition(prompts, ()))
 
 
 class Evaluator:
@@ -143,19 +156,29 @@ class Evaluator:
         for start in range(rank * share, last, self.batch_size):
             rows = range(start, min(start + self.batch_size, last))
             with self.policy.reference() if reference else nullcontext():
-                mine += self._measure([prompts[i] for i in rows], rows)
+                mine += self._measure([prompts[i] for i in rows], rows, reference)
             on_done(len(rows) * world)
         return sorted(gather(self.accelerator, mine), key=lambda sample: sample.index)
 
-    def _measure(self, prompts: list[str], rows: range) -> list[Sample]:
-        images = draw(self.policy, self.table, prompts, rows, seed=self.seed)
+    def _measure(self, prompts: list[str], rows: range, reference: bool) -> list[Sample]:
+        paths = draw_paths(self.policy, self.table, prompts, rows, seed=self.seed)
+        images = decoded(self.policy, paths.clean)
         with torch.no_grad():
             rewards = self.reward(images, prompts, [{} for _ in prompts])
-        recognised = self._recognised(images, prompts)
+        kl = torch.zeros(len(rows))
+        if not reference:
+            kl = path_kl(self.policy, self.table, paths).sum(1)
         return [
-            Sample(i, prompt, float(value), feature.cpu(), image.cpu(), known)
-            for i, prompt, value, feature, image, known in zip(
-                rows, prompts, rewards, self.view.features(images), images, recognised, strict=True
+            Sample(i, prompt, float(value), feature.cpu(), image.cpu(), known, float(nats))
+            for i, prompt, value, feature, image, known, nats in zip(
+                rows,
+                prompts,
+                rewards,
+                self.view.features(images),
+                images,
+                self._recognised(images, prompts),
+                kl,
+                strict=True,
             )
         ]
 
@@ -182,4 +205,5 @@ def summarise(samples: Sequence[Sample], view: View) -> Measurement:
         ),
         recognised=sum(known) / len(known) if known else None,
         others=view.measures(torch.stack([s.image for s in samples]), [s.prompt for s in samples]),
+        path_kl=sum(s.path_kl for s in samples) / len(samples),
     )
