@@ -26,7 +26,8 @@ LAYERS = (
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward"},
+    {"check_reward", "planner"},
+    {"doctor"},
     {"cli"},
     {"__init__", "__main__"},
 )
