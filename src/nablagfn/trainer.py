@@ -297,10 +297,11 @@ class Trainer:
         batch = chosen.transitions(self.objective.prepare(chosen))
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
         size = self.config.training.micro_batch or self.config.training.batch_size
+        learned = [p for group in self._groups for p in group]
         for rows in torch.arange(len(batch)).split(size):
             losses = self.objective.losses(batch[rows])
             loss = losses.total().sum() / len(batch)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward(inputs=learned)  # and not on to x_k
             sums["loss"] += loss.detach()
             for name, value in losses.terms.items():
                 sums[f"loss_{name}"] += value.detach().sum() / len(batch)
