@@ -312,10 +312,11 @@ class Trainer:
         self.objective.limit_rows(rows)
         batch = chosen.transitions(self.objective.prepare(chosen))
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
+        learned = [p for group in self._groups for p in group]
         for part in torch.arange(len(batch)).split(rows):
             losses = self.objective.losses(batch[part])
             loss = losses.total().sum() / len(batch)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward(inputs=learned)  # and not on to x_k
             sums["loss"] += loss.detach()
             for name, value in losses.terms.items():
                 sums[f"loss_{name}"] += value.detach().sum() / len(batch)
