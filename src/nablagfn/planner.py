@@ -59,7 +59,7 @@ def _draft(config: Config) -> Alive:
 
 ALIVE: dict[str, Callable[[Config], Alive]] = {
     "nabla-db": lambda config: Alive(1, 1, kept=not config.model.no_flow),
-    "nabla-db-lambda": lambda config: Alive(1, 2),
+    "nabla-db-lambda": lambda config: Alive(3, 2),  # θ's, the frozen model's and the guess's
     "adjoint-matching": lambda config: Alive(0, 1),
     "terminal-gradient": lambda config: Alive(0, 1),
     "refl": lambda config: Alive(1, 0),
@@ -329,7 +329,7 @@ def moments(config: Config, parts: Parts, work: Work, setting: Setting) -> dict[
     graphs, flow = alive.with_reward * eps.held, p.flow if _learns_flow(config) else NOTHING
     if alive.kept:
         passing = max(eps.passing, p.decode.passing, p.reward.passing)
-        rewarded = flow.held + graphs + p.decode.held + p.reward.held + passing
+        rewarded = 2 * flow.held + graphs + p.decode.held + p.reward.held + passing
     else:
         way_back = (p.decode.held + p.reward.peak, p.decode.peak, eps.passing)
         rewarded = graphs + max(way_back)
