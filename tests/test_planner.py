@@ -69,7 +69,7 @@ CASES = [
     ("nabla-db-lambda", False),
     ("adjoint-matching", False),
     ("draft-k", False),
-    ("ddpo", True),
+    ("ddpo", False),
 ]
 
 
