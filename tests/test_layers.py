@@ -17,7 +17,7 @@ LONGEST = 60  # lines of a function, its docstring left out
 
 LAYERS = (
     {"types", "rng", "config"},
-    {"kernels", "critics", "configs", "progress", "pictures"},
+    {"kernels", "critics", "configs", "progress", "pictures", "surrogate"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder"}
     | {"optimizers", "distributed", "hub", "backoff", "costs"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},

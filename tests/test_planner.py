@@ -43,6 +43,7 @@ def held_by_update(config: Config, rows: int) -> float:
         make_pipeline(),
         guidance_scale=config.sampling.guidance_scale,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        vae_slice=config.training.vae_slice,
         name=config.pretrained.model,
     )
     reward = resolve("colourfulness", CPU)
@@ -64,26 +65,26 @@ def parts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 
 CASES = [
-    ("nabla-db", False),
-    ("nabla-db", True),
-    ("nabla-db-lambda", False),
-    ("adjoint-matching", False),
-    ("draft-k", False),
-    ("ddpo", False),
+    ("nabla-db", {}),
+    ("nabla-db", {"training.gradient_checkpointing": True, "training.vae_slice": 1}),
+    ("nabla-db-lambda", {}),
+    ("adjoint-matching", {}),
+    ("draft-k", {}),
+    ("ddpo", {"training.gradient_checkpointing": True}),
 ]
 
 
-@pytest.mark.parametrize(("method", "checkpointing"), CASES)
+@pytest.mark.parametrize(("method", "options"), CASES)
 def test_the_prediction_covers_what_an_update_holds(
-    method: str, checkpointing: bool, tiny_folder: Path, tmp_path: Path, parts: Parts
+    method: str, options: dict[str, object], tiny_folder: Path, tmp_path: Path, parts: Parts
 ) -> None:
     """Of two sizes, the difference: what rows add, which is what the planner decides by."""
-    config = config_of(tiny_folder, tmp_path, method)
-    config.training.gradient_checkpointing = checkpointing
+    config = config_of(tiny_folder, tmp_path, method, **options)
     work = planner.work_of(config)
 
     def predicted(rows: int) -> float:
-        found = planner.moments(config, parts, work, Setting(rows, checkpointing, 2))
+        setting = replace(planner.setting_of(config), micro_batch=rows)
+        found = planner.moments(config, parts, work, setting)
         return max(value for name, value in found.items() if name.startswith("update"))
 
     true = held_by_update(config, 4) - held_by_update(config, 2)
@@ -134,7 +135,7 @@ def test_less_memory_means_smaller_parts_of_the_same_update(
     """Down to nothing that fits; what is chosen fits, and keeps the number of paths drawn."""
     config = config_of(tiny_folder, tmp_path, "nabla-db", **{"sampling.batch_size": 8})
     much = planner.plan(config, 1e12, CPU)
-    assert much.setting == Setting(12, False, 8)
+    assert much.setting == Setting(12, False, 0, 8)
     assert much.options(config) == {"training.micro_batch": 12}
     least = sum(much.fixed.values())
     middle = planner.plan(config, least + (much.peak - least) / 4, CPU)
