@@ -411,14 +411,18 @@ def parse_memory(text: str) -> float:
 
 
 def plan(config: Config, memory: float, device: torch.device) -> Plan:
-    """The settings for `memory` bytes at the effective batch of `config`.
+    """The settings for `memory` bytes of a device like this one. Raises ConfigError like
+    `measure`."""
+    usable = memory - (CONTEXT if device.type == "cuda" else 0.0)
+    return choose(config, measure(config, device), work_of(config), usable)
+
+
+def choose(config: Config, parts: Parts, work: Work, usable: float) -> Plan:
+    """The settings for `usable` bytes at the effective batch of `config`.
 
     Of three ways to save, in the order of the work that they add, the first that leaves room for
     enough rows per forward pass: none, decoding one picture at a time, and checkpointing too.
-    Raises ConfigError like `measure`.
     """
-    work, parts = work_of(config), measure(config, device)
-    usable = memory - (CONTEXT if device.type == "cuda" else 0.0)
     plain = setting_of(config)
     slices = replace(plain, vae_slice=1)
     ways = (plain, slices, replace(slices, gradient_checkpointing=True))
