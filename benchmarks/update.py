@@ -42,6 +42,8 @@ VARIANTS: dict[str, Options] = {
     "no_flow": {"model.no_flow": True},
     "micro_batch=8": {"training.micro_batch": 8},
     "gradient_checkpointing": {"training.gradient_checkpointing": True},
+    "vae_slice=4": {"training.vae_slice": 4},
+    "vae_checkpointing": {"training.vae_checkpointing": True},
 }
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_shipped_model_is_well_and_nothing_is_written(tmp_path: Path) -> None:
     config = load_config("demo")
     config.saving.output_dir = str(tmp_path / "runs")
-    rows = examine(config, CPU)
+    rows = list(examine(config, CPU))
     assert {row.finding.status for row in rows} <= {"ok", "warning"}, rows
     assert not (tmp_path / "runs").exists()
 
