@@ -88,10 +88,10 @@ def error() -> list[dict[str, Any]]:
         ("no_flow", {"model.no_flow": True}),
     ):
         config = load_config("demo")
-        for key, value in {**QUIET, "sampling.num_steps": 5, **options}.items():
+        for key, value in {**QUIET, "sampling.num_steps": 2, **options}.items():
             set_option(config, key, value)
         parts, work = planner.measure(config, torch.device("cpu")), planner.work_of(config)
-        for rows in (8, 16):
+        for rows in (4, 16):
             setting = replace(planner.setting_of(config), micro_batch=rows)
             moments = planner.moments(config, parts, work, setting)
             predicted = max(v for k, v in moments.items() if k.startswith("update"))
