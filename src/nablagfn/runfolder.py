@@ -29,6 +29,7 @@ from .config import Config, ConfigError, flatten, merge
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
 CHANGEABLE = (
     "logging.",
+    "speed.",
     "saving.",
     "reward.weights",
     "training.num_epochs",

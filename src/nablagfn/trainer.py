@@ -20,7 +20,7 @@ from . import backoff, distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position
 from .collect import Collector
 from .config import Config, ConfigError, set_option
-from .counting import Counts, counted
+from .counting import Counts, compilations, counted
 from .evaluation import Evaluator, Measurement, PictureView
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
@@ -116,7 +116,8 @@ class Trainer:
             policy.parameters(),
             [p for p in self.objective.modules.parameters() if p.requires_grad],
         ]
-        self.optimizer = build_optimizer(config.training, *self._groups)
+        fused = config.speed.fused_optimizer
+        self.optimizer = build_optimizer(config.training, *self._groups, fused=fused)
         self.scaler = distributed.gradient_scaler(config, self.accelerator.device)
         self.rows = config.training.micro_batch or config.training.batch_size
         self.log = RunLog(self.accelerator, self.folder, config)
@@ -172,6 +173,7 @@ class Trainer:
         position = self._open_run()
         epochs = self.config.training.num_epochs
         before = self.observer.before()
+        untold = self.config.speed.compile
         with (
             StopRequest(show=self.show) as stop,
             Bar(
@@ -188,6 +190,9 @@ class Trainer:
                     break
                 if self._due(self.config.logging.save_freq, position.epoch):
                     self._save(position)
+                if untold:
+                    bar.line(compilations())
+                    untold = False
         finished = position.epoch == epochs
         after = self.observer.after(position.update) if finished else None
         self.accelerator.end_training()
