@@ -44,6 +44,11 @@ VARIANTS: dict[str, Options] = {
     "gradient_checkpointing": {"training.gradient_checkpointing": True},
     "vae_slice=4": {"training.vae_slice": 4},
     "vae_checkpointing": {"training.vae_checkpointing": True},
+    "compile": {"speed.compile": True},
+    "channels_last": {"speed.channels_last": True},
+    "fused_optimizer": {"speed.fused_optimizer": True},
+    "adamw8bit": {"training.optimizer": "adamw8bit"},
+    "offload_text_encoder": {"speed.offload_text_encoder": True},
 }
 
 
@@ -155,7 +160,9 @@ def show_profile(arguments: Any, config: str, base: Options) -> None:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--model", default="sd15" if torch.cuda.is_available() else "tiny-animals")
-    p.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    # compiling takes minutes on a CPU
+    usual = [name for name in VARIANTS if name != "compile" or torch.cuda.is_available()]
+    p.add_argument("--only", nargs="+", default=usual, choices=list(VARIANTS))
     p.add_argument("--updates", type=int, default=3, help="timed in each process")
     p.add_argument("--repeats", type=int, default=3, help="processes per variant")
     p.add_argument("--against", default="", help="a git revision to measure in turns with this one")
