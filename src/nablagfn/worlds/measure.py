@@ -8,6 +8,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from .. import rng
+from ..metrics.prior import mmd2, rbf_widths
 from . import measures
 from .target import Target
 
@@ -48,7 +49,7 @@ def _against(target: Target, x: Tensor, y: Tensor) -> dict[str, float]:
     x, y = x.detach().cpu().double(), y.double()
     turn = rng.generator(0, "directions")
     figures = {
-        "mmd2": measures.mmd2(x[:MMD_ROWS], y[:MMD_ROWS], _widths(target)),
+        "mmd2": mmd2(x[:MMD_ROWS], y[:MMD_ROWS], _widths(target)),
         "swd": measures.sliced_wasserstein(x, y, measures.PROJECTIONS, turn),
     }
     mixture = target.world.mixture
@@ -62,7 +63,7 @@ def _against(target: Target, x: Tensor, y: Tensor) -> dict[str, float]:
 
 @lru_cache(maxsize=64)
 def _widths(target: Target) -> tuple[float, ...]:
-    return measures.rbf_widths(target.resample(MMD_ROWS, rng.generator(0, "widths")))
+    return rbf_widths(target.resample(MMD_ROWS, rng.generator(0, "widths")))
 
 
 def of_prompt(target: Target, x: Tensor) -> dict[str, float]:
