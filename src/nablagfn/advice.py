@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Row = dict[str, Any]
@@ -21,16 +21,18 @@ TARGETS = ("guess_sq", "value_gradient_sq", "adjoint_sq", "terminal_gradient_sq"
 
 @dataclass(frozen=True)
 class Advice:
-    """A sentence for people, and the update whose figures gave rise to it."""
+    """A sentence for people, and the update whose figures gave rise to it. kind: which rule's."""
 
     update: int
     text: str
+    kind: str = ""
 
 
 def advise(rows: Rows, diagnostics: Rows = ()) -> list[Advice]:
     """What the figures so far give reason to say; empty for a healthy run."""
-    found = [rule(rows) for rule in RULES] + [against_the_target(diagnostics)]
-    return [advice for advice in found if advice is not None]
+    found = {rule.__name__: rule(rows) for rule in RULES}
+    found["against_the_target"] = against_the_target(diagnostics)
+    return [replace(said, kind=kind) for kind, said in found.items() if said is not None]
 
 
 def target_key(row: Row) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .advice import advise
 from .config import Config
 from .evaluation import Evaluator, Measurement, Sample, summarise
 from .features import pairwise_diversity
@@ -46,6 +47,7 @@ class Observer:
         self.config = config
         self.show = show
         self._base: list[Sample] | None = None
+        self._said: set[str] = set()
 
     def probe(self, epoch: int, bar: Bar, *, grid: bool) -> Seen:
         """Draw the fixed prompts and seeds and measure them; grid: keep the pictures, too."""
@@ -80,6 +82,15 @@ class Observer:
         if grid:
             self._save_grid(samples, f"epoch_{epoch:05d}", 2 * each)
         return samples
+
+    def advise(self, bar: Bar) -> None:
+        """Say, once each, what the figures logged so far give reason to."""
+        if not self.show:
+            return
+        for advice in advise(self.folder.metrics(), self.folder.diagnostics()):
+            if advice.kind not in self._said:
+                self._said.add(advice.kind)
+                bar.line(f"advice: {advice.text}")
 
     def before(self) -> Measurement | None:
         """The frozen model's figures; measured once in the life of a run folder."""
