@@ -140,7 +140,7 @@ def test_two_processes_equal_one_with_both_batches(pipeline_folder: Path, tmp_pa
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
     (alone,), (shared,) = (RunFolder(f / "colourfulness_seed0").diagnostics() for f in (one, two))
     assert shared["count"] == alone["count"]
-    for name in ("loss_forward", "cosine", "value_gradient_snr"):
+    for name in ("loss_forward", "guess_sq", "value_gradient_snr"):
         first, second = ([v or 0.0 for v in row[name]] for row in (alone, shared))
         assert any(first)
         assert second == pytest.approx(first, rel=1e-3, abs=1e-6), name
