@@ -26,9 +26,8 @@ def mmd2(x: Tensor, y: Tensor, widths: tuple[float, ...], *, unbiased: bool = Fa
     pairs, about 0 then and at times below (Gretton et al. 2012, eq. 3 and 5).
     x: [n, d], y: [m, d], n, m ≥ 2.
     """
-    x, y = x.double(), y.double()
-    across = _mean_kernel(torch.cdist(x, y), widths)
-    return _within(x, widths, unbiased) + _within(y, widths, unbiased) - 2 * across
+    own, other = (kernel_within(a.double(), widths, unbiased) for a in (x, y))
+    return own + other - 2 * kernel_across(x.double(), y.double(), widths)
 
 
 def _mean_kernel(distance: Tensor, widths: tuple[float, ...]) -> Tensor:
@@ -37,8 +36,13 @@ def _mean_kernel(distance: Tensor, widths: tuple[float, ...]) -> Tensor:
     return torch.stack([(square / (-2 * w**2)).exp_().mean() for w in widths]).mean()
 
 
-def _within(a: Tensor, widths: tuple[float, ...], unbiased: bool) -> Tensor:
-    """Mean of k over pairs of rows of one sample; k of a row with itself is 1."""
+def kernel_across(x: Tensor, y: Tensor, widths: tuple[float, ...]) -> Tensor:
+    """Mean of k over pairs of a row of x [n, d] and one of y [m, d], a scalar."""
+    return _mean_kernel(torch.cdist(x, y), widths)
+
+
+def kernel_within(a: Tensor, widths: tuple[float, ...], unbiased: bool = False) -> Tensor:
+    """Mean of k over pairs of rows of one sample [n, d]; k of a row with itself is 1."""
     pairs = _mean_kernel(torch.pdist(a), widths)
     return pairs if unbiased else (1 + (len(a) - 1) * pairs) / len(a)
 
@@ -54,9 +58,23 @@ def sliced_wasserstein(
     """
     if len(x) != len(y):
         raise ValueError(f"sliced_wasserstein needs samples of equal size, not {len(x)}, {len(y)}")
-    u = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
-    u = (u / u.norm(dim=0)).to(x.device)
-    along_x, along_y = (x.double() @ u).sort(0).values, (y.double() @ u).sort(0).values
+    u = directions(x.shape[1], projections, generator).to(x.device)
+    return sorted_distance(sorted_along(x, u), sorted_along(y, u))
+
+
+def directions(dim: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random unit vectors, [count, dim] float64."""
+    u = torch.randn(dim, count, generator=generator, dtype=torch.float64)
+    return (u / u.norm(dim=0)).T
+
+
+def sorted_along(x: Tensor, u: Tensor) -> Tensor:
+    """uᵀx in rising order for every direction: x [n, d], u [P, d] -> [P, n] float64."""
+    return (u @ x.double().T).sort(1).values
+
+
+def sorted_distance(along_x: Tensor, along_y: Tensor) -> Tensor:
+    """√(mean over directions of W₂²) from the sorted projections [P, n] of both samples."""
     return (along_x - along_y).square().mean().sqrt()
 
 
