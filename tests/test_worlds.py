@@ -405,13 +405,34 @@ def test_exact_samples_measure_near_the_floor_and_the_pretrained_far_above(name:
     assert set(bad) == set(good) and good["target_ess"] > COUNT / 10
 
 
+def measured(targets: dict[str, Target], samples: dict[str, Tensor]) -> dict[str, float]:
+    return measure([of_prompt(targets[prompt], x) for prompt, x in samples.items()])
+
+
+def test_what_is_kept_of_the_yardsticks_changes_no_distance() -> None:
+    """Against the plain functions, on the same draws."""
+    target = target_of(worlds.load("ring"))
+    draws = rng.generator(0, "yardstick")
+    drawn = [target.resample(1500, draws).double() for _ in range(4)]
+    widths = rbf_widths(target.resample(1000, rng.generator(0, "widths")))
+    for x in (target.base[:1500].double(), target.resample(1500, generator(3)).double()):
+        found = distances(target, x)
+        mmd2 = [float(mmd2(x[:1000], y[:1000], widths)) for y in drawn]
+        swd = [
+            float(measures.sliced_wasserstein(x, y, 128, rng.generator(0, "directions")))
+            for y in drawn
+        ]
+        assert found["mmd2"] == pytest.approx(sum(mmd2) / 4, rel=1e-9)
+        assert found["swd"] == pytest.approx(sum(swd) / 4, rel=1e-9)
+
+
 def test_the_worst_prompt_counts() -> None:
     world = worlds.load("prompts")
     targets = {prompt: target_of(world, i) for i, prompt in enumerate(world.prompts)}
     samples = {prompt: target.resample(500, generator(9)) for prompt, target in targets.items()}
-    good = measure(targets, samples)
+    good = measured(targets, samples)
     first, second, third = world.prompts
-    swapped = measure(targets, {**samples, first: samples[second]})
+    swapped = measured(targets, {**samples, first: samples[second]})
     alone = of_prompt(targets[first], samples[second])
     assert swapped["mmd2_ratio"] == alone["mmd2_ratio"] > 10 * good["mmd2_ratio"]
     assert swapped["mode_kl"] == alone["mode_kl"] > 10 * good["mode_kl"]
@@ -696,7 +717,7 @@ def test_the_view_measures_and_draws(tmp_path: Path) -> None:
     figures = view.measures(x, prompts)
     samples = {p: drawn[150 * i : 150 * (i + 1)] for i, p in enumerate(world.prompts)}
     targets = {p: view.target(p) for p in world.prompts}
-    plain = measure(targets, samples)  # the rows of a prompt come in another order
+    plain = measured(targets, samples)  # the rows of a prompt come in another order
     assert set(figures) == set(plain)
     assert figures["mode_kl"] == pytest.approx(plain["mode_kl"])
     assert figures["swd"] == pytest.approx(plain["swd"])

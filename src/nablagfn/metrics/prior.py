@@ -122,13 +122,17 @@ def mmd2(x: Tensor, y: Tensor, widths: Sequence[float], *, unbiased: bool = Fals
     (1 − E k)·(1/n + 1/m). `unbiased`: the U-statistic without those pairs, about 0 then and at
     times below (Gretton et al. 2012, eq. 3 and 5). For independent samples; n, m ≥ 2.
     """
-    x, y = x.double(), y.double()
-    across = _rbf_of_distance(torch.cdist(x, y), widths).mean()
-    return _within(x, widths, unbiased) + _within(y, widths, unbiased) - 2 * across
+    own, other = (kernel_within(a.double(), widths, unbiased) for a in (x, y))
+    return own + other - 2 * kernel_across(x.double(), y.double(), widths)
 
 
-def _within(a: Tensor, widths: Sequence[float], unbiased: bool) -> Tensor:
-    """Mean of k over pairs of rows of one sample; k of a row with itself is 1."""
+def kernel_across(x: Tensor, y: Tensor, widths: Sequence[float]) -> Tensor:
+    """Mean of k over pairs of a row of x [n, D] and one of y [m, D], a scalar."""
+    return _rbf_of_distance(torch.cdist(x, y), widths).mean()
+
+
+def kernel_within(a: Tensor, widths: Sequence[float], unbiased: bool = False) -> Tensor:
+    """Mean of k over pairs of rows of one sample [n, D]; k of a row with itself is 1."""
     pairs = _rbf_of_distance(torch.pdist(a), widths).mean()
     return pairs if unbiased else (1 + (len(a) - 1) * pairs) / len(a)
 

@@ -23,9 +23,23 @@ def sliced_wasserstein(
     """
     if len(x) != len(y):
         raise ValueError(f"sliced_wasserstein needs samples of equal size, not {len(x)}, {len(y)}")
-    u = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
-    u = (u / u.norm(dim=0)).to(x.device)
-    along_x, along_y = (x.double() @ u).sort(0).values, (y.double() @ u).sort(0).values
+    u = directions(x.shape[1], projections, generator).to(x.device)
+    return sorted_distance(sorted_along(x, u), sorted_along(y, u))
+
+
+def directions(dim: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random unit vectors, [count, dim] float64."""
+    u = torch.randn(dim, count, generator=generator, dtype=torch.float64)
+    return (u / u.norm(dim=0)).T
+
+
+def sorted_along(x: Tensor, u: Tensor) -> Tensor:
+    """uᵀx in rising order for every direction: x [n, d], u [P, d] -> [P, n] float64."""
+    return (u @ x.double().T).sort(1).values
+
+
+def sorted_distance(along_x: Tensor, along_y: Tensor) -> Tensor:
+    """√(mean over directions of W₂²) from the sorted projections [P, n] of both samples."""
     return (along_x - along_y).square().mean().sqrt()
 
 
