@@ -20,14 +20,14 @@ LAYERS = (
     {"kernels", "critics", "configs", "progress", "pictures", "groups"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
     | {"optimizers", "distributed", "hub", "metrics"},
-    {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
-    {"objectives", "estimators"},
+    {"bellman", "worlds"} | {"rewards", "models", "prompts", "report"},
+    {"objectives", "estimators", "extractors"},
     {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"},
     {"checkpoint"},
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward"},
+    {"check_reward", "evaluate"},
     {"cli"},
     {"__init__", "__main__"},
 )
