@@ -19,11 +19,12 @@ LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
-    | {"optimizers", "distributed", "hub"},
+    | {"optimizers", "distributed", "hub", "backoff", "costs"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
-    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"},
-    {"checkpoint"},
+    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
+    | {"architectures"},
+    {"checkpoint", "updater"},
     {"observe"},
     {"trainer"},
     {"assemble"},

@@ -246,6 +246,10 @@ class Objective(Protocol):
         """Told each epoch's prompts and rewards [B], of all processes in the same order."""
         return None
 
+    def limit_rows(self, rows: int) -> None:
+        """At most this many rows per forward pass from now on: memory and speed, not results."""
+        return None
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """What `losses` needs of whole trajectories: [M, ...] by name, without graphs."""
         return {}

@@ -51,6 +51,10 @@ class Estimator(Protocol):
     needs_input_graph: bool
     modules: nn.ModuleDict
 
+    def limit_rows(self, rows: int) -> None:
+        """`Objective.limit_rows`, for what `prepare` does."""
+        return None
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """What `__call__` needs of whole trajectories (`Objective.prepare`)."""
         return {}

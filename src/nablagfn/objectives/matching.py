@@ -71,6 +71,9 @@ class MatchingObjective(Objective):
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         return self.steps(num_steps, generator)
 
+    def limit_rows(self, rows: int) -> None:
+        self.estimator.limit_rows(rows)
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         return self.estimator.prepare(chosen)
 
