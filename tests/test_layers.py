@@ -17,9 +17,9 @@ LONGEST = 60  # lines of a function, its docstring left out
 
 LAYERS = (
     {"types", "rng", "config"},
-    {"kernels", "critics", "configs", "progress", "pictures"},
+    {"kernels", "critics", "configs", "progress", "pictures", "groups"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
-    | {"optimizers", "distributed", "hub", "backoff", "costs"},
+    | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
     {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
@@ -33,7 +33,7 @@ LAYERS = (
     {"__init__", "__main__"},
 )
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-PARTS = {"objectives", "estimators"}  # folders whose files do not know each other either
+PARTS = {"objectives", "estimators", "metrics"}  # folders whose files do not know each other either
 TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
 TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.advice")
 

@@ -57,10 +57,9 @@ def test_each_update_is_exactly_one_optimizer_step(
     """Two updates an epoch, two inner epochs, two epochs: eight steps, counted by AdamW itself."""
     trainer = make_trainer(small_config(tmp_path, **{"training.num_inner_epochs": 2}))
     calls = []
-    step = trainer.updater.optimizer.step
-    monkeypatch.setattr(
-        trainer.updater.optimizer, "step", lambda *a, **k: (calls.append(1), step())[1]
-    )
+    optimizer = trainer.updater.optimizer
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
     result = trainer.fit()
     assert result.updates == 8
     assert len(calls) == 8

@@ -9,6 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from .. import rng
+from ..metrics.prior import kernel_across, kernel_within, rbf_widths
 from . import measures
 from .target import Target
 
@@ -61,7 +62,7 @@ class Cloud:
     @staticmethod
     def of(target: Target, x: Tensor) -> Cloud:
         x = x.detach().cpu().double()
-        within = measures.kernel_within(x[:MMD_ROWS], _widths(target))
+        within = kernel_within(x[:MMD_ROWS], _widths(target))
         return Cloud(x, within, measures.sorted_along(x, _directions(x.shape[1])))
 
 
@@ -73,7 +74,7 @@ def _directions(dim: int) -> Tensor:
 def _against(target: Target, own: Cloud, drawn: Cloud) -> dict[str, float]:
     """The distances of samples from one draw of the target, of equal size."""
     x, rows = own.x, slice(MMD_ROWS)
-    across = measures.kernel_across(x[rows], drawn.x[rows], _widths(target))
+    across = kernel_across(x[rows], drawn.x[rows], _widths(target))
     figures = {
         "mmd2": own.within + drawn.within - 2 * across,
         "swd": measures.sorted_distance(own.along, drawn.along),
@@ -89,7 +90,7 @@ def _against(target: Target, own: Cloud, drawn: Cloud) -> dict[str, float]:
 
 @lru_cache(maxsize=64)
 def _widths(target: Target) -> tuple[float, ...]:
-    return measures.rbf_widths(target.resample(MMD_ROWS, rng.generator(0, "widths")))
+    return rbf_widths(target.resample(MMD_ROWS, rng.generator(0, "widths")))
 
 
 def of_prompt(target: Target, x: Tensor) -> dict[str, float]:

@@ -1,4 +1,5 @@
 """Distances between samples of a policy and of its target. Pure functions; no policy, no world.
+MMD²: `metrics.prior`.
 
 n rows x [n, d] of the policy, m rows y [m, d] of the target.
 """
@@ -9,42 +10,6 @@ import torch
 from torch import Tensor
 
 PROJECTIONS = 128
-
-
-def rbf_widths(y: Tensor) -> tuple[float, ...]:
-    """¼, ½ and 1 times the median distance between rows of y [m, d] (Gretton et al. 2012, §8)."""
-    median = float(torch.pdist(y.double()).median())
-    return (median / 4, median / 2, median)
-
-
-def mmd2(x: Tensor, y: Tensor, widths: tuple[float, ...], *, unbiased: bool = False) -> Tensor:
-    """Squared maximum mean discrepancy, a scalar: mean k(x,x') + mean k(y,y') − 2·mean k(x,y).
-
-    k(a,b) = mean over widths w of exp(−‖a−b‖²/(2w²)), so values lie in [0, 2]. By default the
-    V-statistic: pairs of a row with itself count, so it is ≥ 0 and two samples of one
-    distribution give about (1 − E k)·(1/n + 1/m). `unbiased`: the U-statistic without those
-    pairs, about 0 then and at times below (Gretton et al. 2012, eq. 3 and 5).
-    x: [n, d], y: [m, d], n, m ≥ 2.
-    """
-    own, other = (kernel_within(a.double(), widths, unbiased) for a in (x, y))
-    return own + other - 2 * kernel_across(x.double(), y.double(), widths)
-
-
-def _mean_kernel(distance: Tensor, widths: tuple[float, ...]) -> Tensor:
-    """Mean of k over all given distances."""
-    square = distance.square()
-    return torch.stack([(square / (-2 * w**2)).exp_().mean() for w in widths]).mean()
-
-
-def kernel_across(x: Tensor, y: Tensor, widths: tuple[float, ...]) -> Tensor:
-    """Mean of k over pairs of a row of x [n, d] and one of y [m, d], a scalar."""
-    return _mean_kernel(torch.cdist(x, y), widths)
-
-
-def kernel_within(a: Tensor, widths: tuple[float, ...], unbiased: bool = False) -> Tensor:
-    """Mean of k over pairs of rows of one sample [n, d]; k of a row with itself is 1."""
-    pairs = _mean_kernel(torch.pdist(a), widths)
-    return pairs if unbiased else (1 + (len(a) - 1) * pairs) / len(a)
 
 
 def sliced_wasserstein(

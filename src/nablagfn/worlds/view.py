@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..groups import rows_of
 from ..kernels import KernelTable
 from . import plot
 from .measure import measure, of_prompt
@@ -72,7 +73,6 @@ class WorldView:
 
 def _by_prompt(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """The rows of each prompt, in the order of first appearance."""
-    rows: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(i)
-    return {prompt: images[torch.tensor(own, device=images.device)] for prompt, own in rows.items()}
+    return {
+        str(prompt): images[rows.to(images.device)] for prompt, rows in rows_of(prompts).items()
+    }
