@@ -18,11 +18,12 @@ LONGEST = 60  # lines of a function, its docstring left out
 LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures"},
-    {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder"}
+    {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
     | {"optimizers", "distributed", "hub"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators"},
-    {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"},
+    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"},
+    {"checkpoint"},
     {"observe"},
     {"trainer"},
     {"assemble"},
@@ -33,7 +34,7 @@ LAYERS = (
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PARTS = {"objectives", "estimators"}  # folders whose files do not know each other either
 TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
-TORCH_FREE += ("nablagfn.cli", "nablagfn.report")
+TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.advice")
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

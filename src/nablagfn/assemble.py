@@ -121,7 +121,7 @@ def side_by_side(
             f"{folder.path} has no checkpoint {checkpoint or 'yet'}; there is: "
             + (", ".join(found) or "none")
         )
-    name = checkpoint or max(found)
+    name = checkpoint or folder.result_checkpoint()
     policy = build_policy(config, process_state().device)
     load_policy(policy, found[name])
     table = build_kernel(config, policy)

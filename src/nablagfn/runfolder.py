@@ -2,7 +2,8 @@
 
 prompts.json        the prompt set
 config.json         every option as resolved        versions.json   packages and machine
-metrics.jsonl       one line per update             evaluation.json before/after figures
+metrics.jsonl       one line per update             diagnostics.jsonl the same by noise level
+evaluation.json     before/after figures            guard.json     best checkpoint, what was done
 grids/              fixed-seed sample grids         checkpoints/    update_000010/...
 tensorboard/  samples/  report.html
 """
@@ -27,7 +28,10 @@ from filelock import FileLock, Timeout
 from .config import Config, ConfigError, flatten, merge
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
+GUARD = "guard.json"
+METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
+    "guard.",
     "logging.",
     "saving.",
     "reward.weights",
@@ -71,10 +75,6 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
     def exists(self) -> bool:
         return (self.path / "config.json").is_file()
 
@@ -112,26 +112,48 @@ class RunFolder:
             raise ConfigError(f"{self.path}/config.json is damaged: it holds no settings")
         return merge(Config(), values)
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+    def result_checkpoint(self) -> str:
+        """Name of the checkpoint that the run stands for: the guard's best, else the newest; ''."""
+        names = [path.name for path in complete_checkpoints(self.checkpoints)]
+        best = ((self.read_json(GUARD) or {}).get("best") or {}).get("checkpoint", "")
+        return best if best in names else max(names, default="")
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """One more line of a .jsonl file."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All metric rows; a last line cut by a crash is left out."""
-        if not self.metrics_file.is_file():
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All lines of a .jsonl file; a last line cut by a crash is left out."""
+        file = self.path / name
+        if not file.is_file():
             return []
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
         return rows
 
-    def truncate_metrics(self, updates: int) -> None:
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric rows, one per update."""
+        return self.rows(METRICS)
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """What was logged by noise level, one row per update."""
+        return self.rows(DIAGNOSTICS)
+
+    def truncate(self, updates: int) -> None:
         """Drop rows of updates after the checkpoint that a resumed run starts from."""
-        kept = [row for row in self.metrics() if row["update"] <= updates]
-        write_atomic(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        for name in (METRICS, DIAGNOSTICS):
+            kept = [row for row in self.rows(name) if row["update"] <= updates]
+            write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def checkpoint_name(update: int) -> str:
+    """Folder name of the checkpoint after `update` updates."""
+    return f"update_{update:06d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -11,17 +11,20 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import distributed, report, runfolder
-from .checkpoint import CheckpointIO, Position
+from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
 from .config import Config, ConfigError, set_option
 from .counting import Counts, counted
+from .diagnostics import StepDiagnostics
 from .evaluation import Evaluator, Measurement, PictureView
+from .guard import Guard, Tempered
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
 from .observe import Observer
@@ -29,6 +32,7 @@ from .optimizers import build_optimizer, schedule_lr
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
 from .rewards import NamedReward, Scores, named
+from .rollout import fingerprints
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
 from .types import Policy, Reward, Selection, Trajectories, View
@@ -58,6 +62,14 @@ class Stopped(Exception):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What is logged of one update: averages, and the same by noise level."""
+
+    metrics: dict[str, float]
+    by_step: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,10 @@ class Trainer:
         self.table = build_kernel(config, policy)
         self.counts = Counts()
         working = counted(policy, self.counts)
-        self.objective = build_objective(config, working, reward, prompts, self.table)
+        self.guard = Guard(config.guard)
+        self.objective = build_objective(
+            config, working, Tempered(reward, self.guard), prompts, self.table
+        )
         self._groups = [
             policy.parameters(),
             [p for p in self.objective.modules.parameters() if p.requires_grad],
@@ -134,6 +149,7 @@ class Trainer:
             self.objective.modules,
             self.optimizer,
             self.scaler,
+            self.guard,
             limit=config.logging.num_checkpoint_limit,
         )
 
@@ -173,7 +189,7 @@ class Trainer:
                 "training", epochs * self.updates_per_epoch, position.update, show=self.show
             ) as bar,
         ):
-            while position.epoch < epochs:
+            while position.epoch < epochs and not self.guard.state.stopped:
                 start = self.checkpoints.snapshot(position)
                 try:
                     position = self._epoch(position, bar, stop)
@@ -181,13 +197,12 @@ class Trainer:
                     position = self.checkpoints.restore(start)
                     self._save(position)
                     break
-                if self._due(self.config.logging.save_freq, position.epoch):
-                    self._save(position)
-        finished = position.epoch == epochs
-        after = self.observer.after(position.update) if finished else None
+                self._save_if_due(position)
+        finished = position.epoch == epochs or self.guard.state.stopped
+        after = self.observer.after(self._take_best(position)) if finished else None
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            self.folder.truncate_metrics(position.update)
+            self.folder.truncate(position.update)
             report.build(self.folder)
         return RunResult(self.folder.path, position.update, finished, before, after)
 
@@ -200,7 +215,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()
         if self.accelerator.is_main_process:
-            self.folder.truncate_metrics(position.update)
+            self.folder.truncate(position.update)
+        self._write_guard()
         self.log.open()
         if self.show and self.config.model.unet_reg_scale and self.updates_per_epoch == 1:
             console.print(
@@ -218,6 +234,27 @@ class Trainer:
     def _due(self, every: int, epoch: int) -> bool:
         """True every `every` epochs and at the end; never for 0."""
         return every > 0 and (epoch % every == 0 or epoch == self.config.training.num_epochs)
+
+    def _save_if_due(self, position: Position) -> None:
+        """Every `logging.save_freq` epochs, at the end, and what the guard wants to keep."""
+        wanted = self.guard.best_checkpoint == runfolder.checkpoint_name(position.update)
+        stopped = self.guard.state.stopped
+        if wanted or stopped or self._due(self.config.logging.save_freq, position.epoch):
+            self._save(position)
+            self._write_guard()
+
+    def _write_guard(self) -> None:
+        if self.accelerator.is_main_process and self.config.guard.active:
+            self.folder.write_json(runfolder.GUARD, self.guard.state_dict())
+
+    def _take_best(self, position: Position) -> int:
+        """Make the guard's best checkpoint, if there is one, the policy; the updates behind it."""
+        best = self.guard.state.best
+        if best is None or best["update"] == position.update:
+            return position.update
+        load_policy(self.policy, self.folder.checkpoints / best["checkpoint"])
+        update: int = best["update"]
+        return update
 
     def _save(self, position: Position) -> None:
         self.accelerator.wait_for_everyone()
@@ -243,17 +280,27 @@ class Trainer:
                 self._leave_if_asked(stop)
                 total = self.config.training.num_epochs * self.updates_per_epoch
                 schedule_lr(self.optimizer, self.config.training, update / total)
-                row = {**rewards, **self.update(chosen), **self.counts.take()}
+                done = self.update(chosen)
+                row = {**rewards, **done.metrics, **self.counts.take()}
                 update += 1
                 seconds = position.seconds + time.perf_counter() - started
-                probe = {}
-                ended = bar.advance() == (epoch + 1) * self.updates_per_epoch
-                if ended and self._due(self.config.logging.sample_freq, epoch + 1):
-                    probe = self.observer.probe(epoch + 1, bar)
-                self.log.write(
-                    update, {"epoch": epoch + 1, **row, **probe, "seconds": round(seconds, 2)}
-                )
+                if bar.advance() == (epoch + 1) * self.updates_per_epoch:
+                    row |= self._look(epoch + 1, update, bar)
+                row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
+                self.log.write(update, row, done.by_step)
+        self.observer.advise(bar)
         return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
+
+    def _look(self, epoch: int, update: int, bar: Bar) -> dict[str, float]:
+        """Measure fixed-seed samples where an epoch ends that wants it, and let the guard judge."""
+        grid = self._due(self.config.logging.sample_freq, epoch)
+        if not grid and not self._due(self.config.logging.eval_freq, epoch):
+            return {}
+        seen = self.observer.probe(epoch, bar, grid=grid)
+        said = self.guard.judge(update, seen.probe)
+        if said:
+            bar.line(said)
+        return seen.metrics
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
         """On every process when one was asked to stop."""
@@ -275,38 +322,48 @@ class Trainer:
         )
 
     def _observe(self, drawn: Trajectories) -> dict[str, float]:
-        """Tell the objective this epoch's rewards; their mean and deviation, over all processes."""
+        """Tell the objective this epoch's rewards; their figures, over all processes."""
         assert drawn.reward is not None
-        pairs = zip(drawn.condition.prompts, drawn.reward.tolist(), strict=True)
-        prompts, values = zip(*distributed.gather(self.accelerator, list(pairs)), strict=True)
+        noise = fingerprints(drawn.x[:, 0])
+        mine = zip(drawn.condition.prompts, drawn.reward.tolist(), noise, strict=True)
+        prompts, values, starts = zip(
+            *distributed.gather(self.accelerator, list(mine)), strict=True
+        )
         reward = torch.tensor(values, device=drawn.x.device)
         self.objective.observe(prompts, reward)
-        return {"reward": float(reward.mean()), "reward_std": float(reward.std(unbiased=False))}
+        return {
+            "reward": float(reward.mean()),
+            "reward_std": float(reward.std(unbiased=False)),
+            "duplicates": float(len(starts) - len(set(starts))),
+        }
 
     def _components(self, scores: Scores) -> dict[str, float]:
         """Mean of each component of a composed reward, over all processes."""
         parts = {f"reward_{name}": value.mean() for name, value in scores.parts.items()}
         return distributed.average_metrics(self.accelerator, parts) if parts else {}
 
-    def update(self, chosen: Selection) -> dict[str, float]:
-        """One optimizer step on the transitions of this process; returns the logged metrics.
+    def update(self, chosen: Selection) -> Updated:
+        """One optimizer step on the transitions of this process; what is logged of it.
 
         The loss is the mean over all transitions, whatever the micro-batch.
         """
         self.optimizer.zero_grad(set_to_none=True)
         batch = chosen.transitions(self.objective.prepare(chosen))
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
+        by_step = StepDiagnostics(self.table.num_steps, batch.x.device)
         size = self.config.training.micro_batch or self.config.training.batch_size
         for rows in torch.arange(len(batch)).split(size):
             losses = self.objective.losses(batch[rows])
             loss = losses.total().sum() / len(batch)
             self.scaler.scale(loss).backward()
+            values = {f"loss_{name}": value.detach() for name, value in losses.terms.items()}
+            values |= losses.metrics
+            by_step.add(batch.step[rows], values, losses.vectors)
             sums["loss"] += loss.detach()
-            for name, value in losses.terms.items():
-                sums[f"loss_{name}"] += value.detach().sum() / len(batch)
-            for name, value in losses.metrics.items():
+            for name, value in values.items():
                 sums[name] += value.sum() / len(batch)
-        return {**distributed.average_metrics(self.accelerator, sums), **self._step()}
+        metrics = distributed.average_metrics(self.accelerator, sums)
+        return Updated({**metrics, **self._step()}, by_step.row(self.accelerator))
 
     def _step(self) -> dict[str, float]:
         """Average gradients over processes, clip each group, step once."""

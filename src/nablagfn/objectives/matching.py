@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
@@ -91,5 +92,10 @@ class MatchingObjective(Objective):
             "trust": self.trust * drift,
             **estimate.terms,
         }
-        metrics = {"residual_score_sq": mean_square(score).detach(), **estimate.metrics}
-        return Losses(terms=terms, metrics=metrics)
+        v = estimate.value_gradient.detach()
+        metrics = {
+            "residual_score_sq": mean_square(score).detach(),
+            "cosine": F.cosine_similarity(score.detach().flatten(1), v.flatten(1)),
+            **estimate.metrics,
+        }
+        return Losses(terms=terms, metrics=metrics, vectors={"value_gradient": v})
