@@ -7,32 +7,33 @@ from ..config import Config
 EMBEDDED = "tiny-animals"  # shipped with nablagfn, not on the hub
 
 
+def imports(config: Config) -> list[str]:
+    """What the program needs."""
+    solver = config.sampling.scheduler == "dpm-solver"
+    scheduler = "DPMSolverMultistepScheduler" if solver else "DDIMScheduler"
+    found = [f"from diffusers import {scheduler}, StableDiffusionPipeline"]
+    if config.pretrained.model == EMBEDDED:
+        found.append("from nablagfn.models.locate import locate")
+    return [*found, ""]
+
+
 def load_base(config: Config) -> list[str]:
     """Lines that make `pipe`, the pretrained model."""
     name, revision = config.pretrained.model, config.pretrained.revision
-    given = "" if revision == "main" else f", revision={revision!r}"
-    if name != EMBEDDED:
+    if name == EMBEDDED:
         return [
-            "from diffusers import StableDiffusionPipeline",
-            f"pipe = StableDiffusionPipeline.from_pretrained({name!r}{given})",
+            "pipe = StableDiffusionPipeline.from_pretrained(",
+            f"    locate({name!r}), safety_checker=None, requires_safety_checker=False)",
         ]
-    return [
-        "from diffusers import StableDiffusionPipeline",
-        "from nablagfn.models.locate import locate",
-        f"pipe = StableDiffusionPipeline.from_pretrained(locate({name!r}), safety_checker=None,",
-        "    requires_safety_checker=False)",
-    ]
+    given = "" if revision == "main" else f", revision={revision!r}"
+    return [f"pipe = StableDiffusionPipeline.from_pretrained({name!r}{given})"]
 
 
 def set_sampler(config: Config) -> list[str]:
     """Lines that give `pipe` the sampler of the run."""
     if config.sampling.scheduler != "dpm-solver":
-        return [
-            "from diffusers import DDIMScheduler",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
-        ]
+        return ["pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"]
     return [
-        "from diffusers import DPMSolverMultistepScheduler",
         "pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config,",
         '    algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min")',
     ]
@@ -51,6 +52,6 @@ def draw(config: Config, prompt: str) -> list[str]:
 def how_to_load(config: Config, prompt: str, weights: str, weight_name: str = "") -> str:
     """A program that draws `prompt` with the LoRA in the folder `weights`."""
     name = f", weight_name={weight_name!r}" if weight_name else ""
-    lines = load_base(config)
-    lines.append(f"pipe.load_lora_weights({weights!r}{name})")
-    return "\n".join([*lines, *set_sampler(config), *draw(config, prompt)])
+    lora = f"pipe.load_lora_weights({weights!r}{name})"
+    lines = [*imports(config), *load_base(config), lora, *set_sampler(config)]
+    return "\n".join([*lines, *draw(config, prompt)])
