@@ -21,21 +21,21 @@ LAYERS = (
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
     | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
-    {"objectives", "estimators"},
+    {"objectives", "estimators", "diff"},
     {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
     | {"architectures"},
     {"checkpoint", "updater"},
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward"},
+    {"check_reward", "export"},
     {"cli"},
     {"__init__", "__main__"},
 )
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PARTS = {"objectives", "estimators", "metrics"}  # folders whose files do not know each other either
 TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
-TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.advice")
+TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.diff", "nablagfn.advice")
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

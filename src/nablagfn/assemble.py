@@ -17,7 +17,7 @@ from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
 from .prompts import PromptSet, load_prompts
 from .rewards import NamedReward
-from .runfolder import RunFolder, complete_checkpoints
+from .runfolder import RunFolder
 from .runlog import make_accelerator
 from .trainer import Trainer
 from .types import Policy, View
@@ -115,15 +115,9 @@ def side_by_side(
     Raises ConfigError when the run has no (such) checkpoint.
     """
     config = folder.config()
-    found = {path.name: path for path in complete_checkpoints(folder.checkpoints)}
-    if not found or (checkpoint and checkpoint not in found):
-        raise ConfigError(
-            f"{folder.path} has no checkpoint {checkpoint or 'yet'}; there is: "
-            + (", ".join(found) or "none")
-        )
-    name = checkpoint or folder.result_checkpoint()
+    chosen = folder.checkpoint(checkpoint)
     policy = build_policy(config, process_state().device)
-    load_policy(policy, found[name])
+    load_policy(policy, chosen)
     table = build_kernel(config, policy)
     wanted = list(prompts) or list(PromptSet(tuple(folder.read_json("prompts.json"))).spread(4))
     rows = []
@@ -132,7 +126,7 @@ def side_by_side(
         with policy.reference():
             rows.append(draw(policy, table, repeated, seeds, seed=0))
         rows.append(draw(policy, table, repeated, seeds, seed=0))
-    target = out or folder.path / "samples" / f"{name}.png"
+    target = out or folder.path / "samples" / f"{chosen.name}.png"
     asked = [prompt for prompt in wanted for _ in range(2 * len(seeds))]
     build_view(config).save(torch.cat(rows), asked, target, len(seeds))
     return target

@@ -29,8 +29,8 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence loading bars and notices about the safety checker, which training never runs."""
+def quiet() -> Iterator[None]:
+    """Silence bars and notices of diffusers and transformers (safety checker, text encoder LoRA)."""
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:
@@ -55,7 +55,7 @@ def load_pipeline(
     """The frozen pipeline by hub name, folder or embedded name. Raises ConfigError if missing."""
     source = locate(model, revision)
     try:
-        with _quiet():
+        with quiet():
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source,
                 revision=revision,
