@@ -28,7 +28,8 @@ LAYERS = (
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward", "export"},
+    {"check_reward", "planner", "export"},
+    {"doctor"},
     {"cli"},
     {"__init__", "__main__"},
 )
