@@ -89,10 +89,11 @@ class Updater:
         batch = chosen.transitions(self.objective.prepare(chosen))
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
         by_step = StepDiagnostics(self.num_steps, batch.x.device)
+        learned = [p for group in self.groups for p in group]
         for part in torch.arange(len(batch)).split(rows):
             losses = self.objective.losses(batch[part])
             loss = losses.total().sum() / len(batch)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward(inputs=learned)  # and not on to x_k
             values = {f"loss_{name}": value.detach() for name, value in losses.terms.items()}
             values |= losses.metrics
             by_step.add(batch.step[part], values, losses.vectors)
