@@ -20,15 +20,15 @@ LAYERS = (
     {"kernels", "critics", "configs", "progress", "pictures", "groups"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
     | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
-    {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
-    {"objectives", "estimators", "diff"},
+    {"bellman", "worlds"} | {"rewards", "models", "prompts", "report"},
+    {"objectives", "estimators", "extractors", "diff"},
     {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
     | {"architectures"},
     {"checkpoint", "updater"},
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward", "planner", "export"},
+    {"check_reward", "evaluate", "planner", "export"},
     {"doctor"},
     {"cli"},
     {"__init__", "__main__"},

@@ -12,6 +12,7 @@ from .checkpoint import load_policy
 from .config import Config, ConfigError
 from .distributed import from_main_process, process_state, weight_dtype
 from .evaluation import PictureView, draw
+from .extractors import Extractor, embedded, load_extractor
 from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
@@ -58,11 +59,18 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     return rewards.resolve(name, device, config.reward.weights, config.reward)
 
 
-def build_view(config: Config) -> View:
-    """Points of a world beside its target, or pictures."""
+def build_extractor(config: Config, device: torch.device) -> Extractor:
+    """Of picture features, by `evaluation.extractor`; a world needs none and loads none."""
+    if worlds.is_world(config.pretrained.model):
+        return embedded
+    return load_extractor(config.evaluation.extractor, device, config.reward.weights)
+
+
+def build_view(config: Config, extractor: Extractor = embedded) -> View:
+    """Points of a world beside its target, or pictures and their features by `extractor`."""
     name = config.pretrained.model
     if not worlds.is_world(name):
-        return PictureView()
+        return PictureView(extractor)
     policy = WorldPolicy(worlds.load(name))
     return WorldView(policy.world, build_kernel(config, policy))
 
@@ -98,7 +106,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
         config,
         folder=folder,
         accelerator=accelerator,
-        view=build_view(config),
+        view=build_view(config, build_extractor(config, accelerator.device)),
     )
 
 

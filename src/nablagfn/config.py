@@ -209,7 +209,10 @@ class MethodSettings(Group):
 class RewardSettings(Group):
     """Where rewards find their weights, and how several become one."""
 
-    weights: str = Field("", description="folder with the rewards' weights; empty: the hub")
+    weights: str = Field(
+        "",
+        description="folder with the weights of rewards and feature extractors; empty: the hub",
+    )
     normalise: tuple[str, ...] = Field(
         (),
         description="NAME=MEAN/STD for each reward to standardise, in its own units, before it is "
@@ -277,6 +280,11 @@ class Evaluation(Group):
     seed: int = Field(1234, ge=0, description="seed of the evaluation samples")
     batch_size: int = Field(
         0, ge=0, description="samples drawn at once when measuring; 0: sampling.batch_size"
+    )
+    extractor: Literal["efficientnet-lite0", "clip", "dinov2", "dreamsim", "inception"] = Field(
+        "efficientnet-lite0",
+        description="network whose features measure diversity, drift and distance to the "
+        "pretrained model; all but efficientnet-lite0 (inside the package) need weights",
     )
     held_out_rewards: tuple[str, ...] = Field(
         (),

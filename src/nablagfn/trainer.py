@@ -19,6 +19,7 @@ from .collect import Collector
 from .config import Config, ConfigError, set_option
 from .counting import Counts, counted
 from .evaluation import Evaluator, Measurement, PictureView
+from .extractors import load_extractor
 from .guard import Guard, Tempered
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
@@ -121,7 +122,9 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.observer = self._make_observer(view or PictureView())
+        extractor = config.evaluation.extractor
+        view = view or PictureView(load_extractor(extractor, policy.device, config.reward.weights))
+        self.observer = self._make_observer(view)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
@@ -194,6 +197,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_json("versions.json", self._versions())
             self.folder.write_json("prompts.json", list(self.prompts.prompts))
+            self.folder.write_json("held_out.json", list(self.prompts.held_out))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()
