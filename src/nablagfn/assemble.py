@@ -39,6 +39,13 @@ def check_names(config: Config) -> None:
                 f"{key}={value!r} does not go with config.pretrained.model={model!r}: a world has "
                 "its own reward and prompts (--config=worlds/NAME sets all three)"
             )
+    for name in config.evaluation.held_out_rewards:
+        try:
+            if worlds.is_world(model):
+                raise ConfigError("a world has its own reward and no other")
+            rewards.check_names(name)
+        except ConfigError as error:
+            raise ConfigError(f"config.evaluation.held_out_rewards={name!r}: {error}") from None
     if worlds.is_world(model):
         worlds.load(model)
     else:
@@ -98,15 +105,21 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     prompts = build_prompts(config)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
-    reward = build_reward(config, accelerator.device)
+    device = accelerator.device
+    reward = build_reward(config, device)
+    held_out = rewards.resolve_all(
+        config.evaluation.held_out_rewards, device, config.reward.weights
+    )
+    view = build_view(config, build_extractor(config, device))
     return Trainer(
-        build_policy(config, accelerator.device),
+        build_policy(config, device),
         reward,
         prompts,
         config,
         folder=folder,
         accelerator=accelerator,
-        view=build_view(config, build_extractor(config, accelerator.device)),
+        view=view,
+        held_out=held_out,
     )
 
 
