@@ -30,7 +30,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence bars and notices of diffusers and transformers (safety checker, text encoder LoRA)."""
+    """Silence bars and notices of diffusers and transformers."""
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:
