@@ -12,7 +12,7 @@ demo: $(READY)  ## the main job: finetune the shipped model, print figures, writ
 	$(BIN)/nablagfn train --config=demo
 
 test: $(READY)  ## the test suite (minutes)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)  ## style, complexity, types
 	$(BIN)/ruff check .

@@ -17,22 +17,24 @@ LONGEST = 60  # lines of a function, its docstring left out
 
 LAYERS = (
     {"types", "rng", "config"},
-    {"kernels", "critics", "configs", "progress", "pictures"},
+    {"kernels", "critics", "configs", "progress", "pictures", "groups"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
-    | {"optimizers", "distributed", "hub"},
+    | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
     {"objectives", "estimators", "diff"},
-    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"},
-    {"checkpoint"},
+    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
+    | {"architectures"},
+    {"checkpoint", "updater"},
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward", "export"},
+    {"check_reward", "planner", "export"},
+    {"doctor"},
     {"cli"},
     {"__init__", "__main__"},
 )
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-PARTS = {"objectives", "estimators"}  # folders whose files do not know each other either
+PARTS = {"objectives", "estimators", "metrics"}  # folders whose files do not know each other either
 TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
 TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.diff", "nablagfn.advice")
 

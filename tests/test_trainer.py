@@ -57,12 +57,13 @@ def test_each_update_is_exactly_one_optimizer_step(
     """Two updates an epoch, two inner epochs, two epochs: eight steps, counted by AdamW itself."""
     trainer = make_trainer(small_config(tmp_path, **{"training.num_inner_epochs": 2}))
     calls = []
-    step = trainer.optimizer.step
-    monkeypatch.setattr(trainer.optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
+    optimizer = trainer.updater.optimizer
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
     result = trainer.fit()
     assert result.updates == 8
     assert len(calls) == 8
-    assert all(state["step"] == 8 for state in trainer.optimizer.state.values())
+    assert all(state["step"] == 8 for state in optimizer.state.values())
     assert [row["update"] for row in trainer.folder.metrics()] == list(range(1, 9))
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import pictures, rng
 from .critics import AnimalClassifier
 from .distributed import gather
-from .features import features, pairwise_diversity
+from .features import features
 from .kernels import KernelTable
+from .metrics.diversity import pairwise_distance
 from .path_kl import path_kl
 from .rollout import rollout
 from .types import Policy, Reward, Trajectories, View
@@ -200,8 +201,10 @@ def summarise(samples: Sequence[Sample], view: View) -> Measurement:
         num_samples=len(samples),
         reward_mean=float(rewards.mean()),
         reward_std=float(rewards.std()),
-        diversity=pairwise_diversity(
-            torch.stack([s.feature for s in samples]), [s.prompt for s in samples]
+        diversity=float(
+            pairwise_distance(
+                torch.stack([s.feature for s in samples]), [s.prompt for s in samples]
+            )
         ),
         recognised=sum(known) / len(known) if known else None,
         others=view.measures(torch.stack([s.image for s in samples]), [s.prompt for s in samples]),

@@ -1,11 +1,10 @@
-"""The embedded feature extractor (ImageNet EfficientNet-Lite0) and figures made of features."""
+"""The embedded feature extractor (ImageNet EfficientNet-Lite0)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import io
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,18 +37,3 @@ def features(images: Tensor) -> Tensor:
         (resized.clamp(0, 1) * 255 - 127) / 128
     )
     return F.normalize(maps.mean((2, 3)), dim=1)
-
-
-def pairwise_diversity(values: Tensor, groups: Sequence[object]) -> float:
-    """Mean Euclidean distance over all pairs of one group, then averaged over groups.
-
-    values: [B, D]; groups: the prompt of each row. In [0, 2] for unit-length features.
-    Raises ValueError when no group has two members.
-    """
-    rows: dict[object, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows.setdefault(group, []).append(row)
-    distances = [torch.pdist(values[index]).mean() for index in rows.values() if len(index) > 1]
-    if not distances:
-        raise ValueError("diversity needs at least two samples of one prompt")
-    return float(torch.stack(distances).mean())

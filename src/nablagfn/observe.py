@@ -12,8 +12,9 @@ from torch import Tensor
 from .advice import advise
 from .config import Config
 from .evaluation import Evaluator, Measurement, Sample, summarise
-from .features import pairwise_diversity
 from .guard import Probe
+from .metrics.diversity import pairwise_distance
+from .metrics.drift import feature_drift
 from .progress import Bar
 from .prompts import PromptSet
 from .runfolder import RunFolder
@@ -60,7 +61,7 @@ class Observer:
             reward=figures.reward_mean,
             diversity=figures.diversity,
             path_kl=figures.path_kl,
-            base_diversity=pairwise_diversity(features_of(base), prompts_of(base)),
+            base_diversity=float(pairwise_distance(features_of(base), prompts_of(base))),
         )
         bar.line(
             f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
@@ -69,7 +70,7 @@ class Observer:
         named = {
             **figures.headline(),
             "diversity_kept": probe.diversity_kept,
-            "drift": same_seed_distance(features_of(base), features_of(now)),
+            "drift": float(feature_drift(features_of(now), features_of(base))),
         }
         return Seen({f"probe_{name}": value for name, value in named.items()}, probe)
 
@@ -138,11 +139,6 @@ class Observer:
 def repeat(prompts: Sequence[str], times: int) -> list[str]:
     """Each prompt `times` times in a row."""
     return [prompt for prompt in prompts for _ in range(times)]
-
-
-def same_seed_distance(x: Tensor, y: Tensor) -> float:
-    """Mean ‖x_i − y_i‖ of features [n, D] of the same prompts and seeds."""
-    return float((x - y).norm(dim=1).mean())
 
 
 def features_of(samples: Sequence[Sample]) -> Tensor:

@@ -17,7 +17,14 @@ from .. import kernels
 from ..kernels import KernelTable, Step
 from ..rollout import StepChoice
 from ..types import Losses, Objective, Policy, Selection, Transitions
-from ..value_gradient import Estimator, Evaluated, StepWeight, mean_square, step_weight
+from ..value_gradient import (
+    EPS_REF,
+    Estimator,
+    Evaluated,
+    StepWeight,
+    mean_square,
+    step_weight,
+)
 
 
 def residual_score(
@@ -64,19 +71,27 @@ class MatchingObjective(Objective):
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         return self.steps(num_steps, generator)
 
+    def limit_rows(self, rows: int) -> None:
+        self.estimator.limit_rows(rows)
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         return self.estimator.prepare(chosen)
 
     def evaluate(self, batch: Transitions) -> Evaluated:
-        """Both models at x_k; the frozen one without a graph unless the estimator needs it."""
+        """Both models at x_k; the frozen one unless it came as a signal, and without a graph unless
+        the estimator needs it.
+        """
         k = self.table.at(batch.step, batch.x)
         graph = self.estimator.needs_input_graph
         x = batch.x.detach().requires_grad_(graph)
-        with self.policy.reference(), torch.set_grad_enabled(graph):
-            eps_ref = self.policy.eps(x, k.timestep, batch.condition)
+        eps_ref = batch.signals.get(EPS_REF)
+        if eps_ref is None:
+            with self.policy.reference(), torch.set_grad_enabled(graph):
+                eps_ref = self.policy.eps(x, k.timestep, batch.condition)
+        ahead = self.estimator.ahead(batch, k, x, eps_ref)
         with torch.enable_grad():
             eps = self.policy.eps(x, k.timestep, batch.condition)
-        return Evaluated(batch=batch, k=k, x=x, eps=eps, eps_ref=eps_ref)
+        return Evaluated(batch=batch, k=k, x=x, eps=eps, eps_ref=eps_ref, ahead=ahead)
 
     def losses(self, batch: Transitions) -> Losses:
         """Forward loss, trust region and the estimator's own terms, each [M]."""
