@@ -1,6 +1,8 @@
 """Debian's Chromium, headless, spoken to by the DevTools protocol over two pipes.
 
-Nothing to install but the browser itself (`apt-get install chromium`).
+Nothing to install but the browser itself (`apt-get install chromium`). For pictures of a page:
+
+    python -m tests.browser PAGE.html PICTURE.jpg WIDTH [HEIGHT [TOP]]
 """
 
 from __future__ import annotations
@@ -138,13 +140,25 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
             )
 
-    def screenshot(self, path: Path, height: int = 0) -> None:
-        """The page from its top, `height` CSS pixels of it (0: all)."""
+    def screenshot(self, path: Path, height: int = 0, top: int = 0) -> None:
+        """A JPEG of the page from `top`, `height` CSS pixels of it (0: all)."""
         box = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": box["width"], "height": height or box["height"]}
+        clip = {"x": 0, "y": top, "width": box["width"], "height": height or box["height"] - top}
         shot = self.send(
             "Page.captureScreenshot",
+            format="jpeg",
+            quality=85,
             clip={**clip, "scale": 1},
             captureBeyondViewport=True,
         )
         path.write_bytes(base64.b64decode(shot["data"]))
+
+
+def main(page: str, picture: str, width: str, height: str = "0", top: str = "0") -> None:
+    with Browser() as browser:
+        browser.open(Path(page), int(width))
+        browser.screenshot(Path(picture), int(height), int(top))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -17,7 +17,7 @@ def diff(a: RunFolder, b: RunFolder) -> Table:
     """
     records = (read(a), read(b))
     table = Table(box=None)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for record in records:
         table.add_column(Text(record.name), overflow="fold")
     for row in outcomes(*records):

@@ -6,6 +6,7 @@ Text stays text, so that plots are small, and readable to machines.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 
 
 @dataclass(frozen=True)
 class Plot:
-    """An <svg>, what it shows in a few words, and in a sentence."""
+    """An <svg>, what it shows in a few words, and in a sentence. inner: of losses and gradients,
+    which fewer people look at."""
 
     svg: str
     title: str
     about: str = ""
+    inner: bool = False
 
 
 @contextmanager
@@ -46,9 +49,14 @@ def blank(width: float, height: float, x_label: str = UPDATE) -> Iterator[tuple[
 
 
 def svg_of(canvas: Canvas, key: str) -> str:
-    """The <svg> element; the same for the same plot, its ids made from `key`."""
+    """The <svg> element, the same for the same plot. Of its ids those that it refers to are kept,
+    and begin with `key`, so that a page can hold many."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": key}):
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    start = re.sub(r"\W+", "-", key)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{start}-{m[1]}"' if m[1] in used else "", text)
+    return re.sub(r'(url\(#|href="#)', rf"\1{start}-", text)

@@ -38,6 +38,8 @@ CURVES = (
     Curve("grad_norm", "gradient norm of the LoRA", log=True),
 )
 
+INNER = ("loss", "grad_norm")
+
 
 def curves(rows: Sequence[Row]) -> list[Plot]:
     """What the training logged; held-out rewards after the trained one."""
@@ -70,7 +72,8 @@ def _curve(curve: Curve, rows: Sequence[Row]) -> Plot | None:
         if curve.log and min(values) > 0:
             axes.set_yscale("log")
         band = "band: one standard deviation of the epoch's samples" if banded else ""
-        return Plot(svg_of(canvas, curve.metric), curve.title, band)
+        inner = curve.metric.startswith(INNER)
+        return Plot(svg_of(canvas, curve.metric), curve.title, band, inner)
 
 
 def evaluated_curves(models: Sequence[Model], confidence: float) -> list[Plot]:

@@ -103,7 +103,9 @@ def number(value: float | None, key: str = "") -> str:
         return "–"
     if key in PERCENT:
         return f"{value:.1%}"
-    return f"{value:.3f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.3g}"
 
 
 def interval(figure: Figure, key: str = "") -> str:

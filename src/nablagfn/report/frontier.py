@@ -75,7 +75,7 @@ def checkpoint_frontier(points: Sequence[Point]) -> Plot | None:
     """Gain against diversity along one run, joined in order of training."""
     if len(points) < 2:
         return None
-    with blank(6.2, 3.8, KEPT) as (canvas, axes):
+    with blank(5.4, 3.6, KEPT) as (canvas, axes):
         x, y = [100 * p.kept.value for p in points], [p.gain.value for p in points]
         axes.plot(x, y, color=BLUE, lw=1, alpha=0.5)
         for point in points:
@@ -91,7 +91,7 @@ def run_frontier(points: Sequence[Point]) -> Plot | None:
     groups = list(dict.fromkeys(point.group for point in points))
     scales = sorted({point.scale for point in points if point.scale is not None})
     marker = {scale: MARKERS[i % len(MARKERS)] for i, scale in enumerate(scales)}
-    with blank(7.2, 4.6, KEPT) as (canvas, axes):
+    with blank(5.4, 4.8, KEPT) as (canvas, axes):
         for i, group in enumerate(groups):
             colour = COLOURS[i % len(COLOURS)]
             own = sorted((p for p in points if p.group == group), key=lambda p: p.scale or 0.0)
@@ -106,5 +106,5 @@ def run_frontier(points: Sequence[Point]) -> Plot | None:
         if any(point.scale is None for point in points):
             axes.plot([], [], color=GREY, marker=NO_SCALE, ms=10, ls="", label="no β")
         _frontier_axes(axes)
-        canvas.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        canvas.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         return Plot(svg_of(canvas, "runs"), "reward against diversity, by run")

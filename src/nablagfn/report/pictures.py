@@ -59,6 +59,7 @@ def embed(path: Path, width: int = WIDTH) -> Picture | None:
 class ContactSheet:
     """Thumbnails of many samples in one picture."""
 
+    path: Path
     image: Image.Image
     sheet: Sheet
 
@@ -75,7 +76,7 @@ class ContactSheet:
         left, top = column * (width + self.sheet.gap), row * (height + self.sheet.gap)
         if left + width > self.image.width or top + height > self.image.height:
             raise ConfigError(
-                f"pictures.png has no place for sample {sample.index} of its samples.json: run "
+                f"{self.path} has no place for sample {sample.index} of samples.json: run "
                 "`nablagfn evaluate` again"
             )
         return encode(self.image.crop((left, top, left + width, top + height)))

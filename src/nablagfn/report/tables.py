@@ -140,4 +140,4 @@ def contact_sheet(record: Record, name: str) -> ContactSheet | None:
     sheet, file = record.sheet(name), record.evaluated_pictures(name)
     if sheet is None or sheet.thumbnail is None or not file.is_file():
         return None
-    return ContactSheet(load(file), sheet)
+    return ContactSheet(file, load(file), sheet)
