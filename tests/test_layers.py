@@ -19,22 +19,24 @@ LAYERS = (
     {"types", "rng", "config"},
     {"kernels", "critics", "configs", "progress", "pictures", "groups"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
-    | {"optimizers", "distributed", "hub", "metrics"},
+    | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "report"},
-    {"objectives", "estimators", "extractors"},
-    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"},
-    {"checkpoint"},
+    {"objectives", "estimators", "extractors", "diff"},
+    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
+    | {"architectures"},
+    {"checkpoint", "updater"},
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward", "evaluate"},
+    {"check_reward", "evaluate", "planner", "export"},
+    {"doctor"},
     {"cli"},
     {"__init__", "__main__"},
 )
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PARTS = {"objectives", "estimators", "metrics"}  # folders whose files do not know each other either
 TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
-TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.advice")
+TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.diff", "nablagfn.advice")
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

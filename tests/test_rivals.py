@@ -728,6 +728,7 @@ def test_a_buffer_that_never_fills_is_refused(tmp_path: Path) -> None:
 COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n, K and copies
     ("nabla-db", ""): lambda n, k, c: (7 * n - 2, 2 * n),
     ("nabla-db", "model.no_flow=1"): lambda n, k, c: (5 * n - 2, n),
+    ("nabla-db", "model.reverse_loss_scale=0"): lambda n, k, c: (5 * n - 2, n),
     ("nabla-db-lambda", ""): lambda n, k, c: (6 * n - 2, 2 * n),
     ("nabla-db-lambda", "method.return_lambda=0.5"): lambda n, k, c: (5 * n - 1, n + 1),
     ("nabla-db-lambda", "method.return_lambda=1"): lambda n, k, c: (4 * n - 1, 1),

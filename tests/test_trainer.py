@@ -57,12 +57,13 @@ def test_each_update_is_exactly_one_optimizer_step(
     """Two updates an epoch, two inner epochs, two epochs: eight steps, counted by AdamW itself."""
     trainer = make_trainer(small_config(tmp_path, **{"training.num_inner_epochs": 2}))
     calls = []
-    step = trainer.optimizer.step
-    monkeypatch.setattr(trainer.optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
+    optimizer = trainer.updater.optimizer
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
     result = trainer.fit()
     assert result.updates == 8
     assert len(calls) == 8
-    assert all(state["step"] == 8 for state in trainer.optimizer.state.values())
+    assert all(state["step"] == 8 for state in optimizer.state.values())
     assert [row["update"] for row in trainer.folder.metrics()] == list(range(1, 9))
 
 
@@ -239,6 +240,19 @@ def test_the_guard_stops_a_run_and_gives_back_its_best_model(tmp_path: Path) -> 
     assert again.fit().updates == 10
     wider = guarded(tmp_path / "held", **{"guard.max_path_kl": 1e9})
     assert wider.fit().updates == 16
+
+
+def test_a_held_out_reward_that_falls_stops_the_run(tmp_path: Path) -> None:
+    """Grey pictures lose contrast, which is watched by name and not trained on."""
+    options = {"evaluation.held_out_rewards": ("contrast",), "guard.max_held_out_drop": 0.2}
+    trainer = guarded(tmp_path, **options, **{"training.num_epochs": 20})
+    result = trainer.fit()
+    values = [
+        row["probe_reward_contrast"] for row in trainer.folder.metrics() if "probe_reward" in row
+    ]
+    assert values[-1] < values[0] and result.updates < 40
+    best = trainer.folder.read_json("guard.json")["best"]
+    assert best["watched"] == max(values[:-1])
 
 
 def test_lowering_beta_is_halving_the_reward(tmp_path: Path) -> None:

@@ -19,99 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import (
-    BertTokenizer,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from nablagfn import PromptSet, StableDiffusionPolicy, Trainer, load_config
+from nablagfn.architectures import REWARDS, sd15
 from nablagfn.rewards import NamedReward
-from nablagfn.rewards.aesthetic import Aesthetic, Head
-from nablagfn.rewards.clip import ClipScore
-from nablagfn.rewards.hpsv2 import VIT_H_14
-from nablagfn.rewards.imagereward import BLIP_LARGE, ImageReward
-from nablagfn.rewards.pixels import longer_side
 from nablagfn.runfolder import RunFolder
-
-LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-
-
-def clip_letters() -> CLIPTokenizer:
-    """CLIP's tokenizer without merges; end mark 49407 as in the true one."""
-    entries = [*LETTERS, *(f"{c}</w>" for c in LETTERS)]
-    vocabulary = {entry: i for i, entry in enumerate(entries)}
-    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-
-
-def sd15() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's four parts by their published configurations."""
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=clip_letters(),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def aesthetic() -> Aesthetic:
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        patch_size=14,
-        projection_dim=768,
-    )
-    return Aesthetic(CLIPVisionModelWithProjection(vision), Head())
-
-
-def hpsv2() -> ClipScore:
-    return ClipScore(CLIPModel(VIT_H_14), clip_letters(), longer_side)
-
-
-def imagereward() -> ImageReward:
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    with tempfile.TemporaryDirectory() as folder:
-        entries = "\n".join([*marks, *LETTERS, *("##" + c for c in LETTERS)])
-        (Path(folder) / "vocab.txt").write_text(entries, encoding="utf-8")
-        words = BertTokenizer.from_pretrained(folder)
-    return ImageReward(BLIP_LARGE).with_words(words)
-
-
-REWARDS = {"aesthetic": aesthetic, "hpsv2": hpsv2, "imagereward": imagereward}
 
 
 def millions(*modules: torch.nn.Module) -> float:

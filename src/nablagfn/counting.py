@@ -16,15 +16,18 @@ class Counts:
 
     model: passes through the denoiser, forward and backward alike (with frozen weights a backward
     pass computes one product per layer, as a forward pass does). decode: samples decoded.
+    model_backward, decode_backward: how many passes went back through them.
     """
 
     model: int = 0
     decode: int = 0
+    model_backward: int = 0
+    decode_backward: int = 0
 
     def take(self) -> dict[str, float]:
         """The counts by metric name; starts again from zero."""
         found = {"model_evals": float(self.model), "decode_evals": float(self.decode)}
-        self.model = self.decode = 0
+        self.model = self.decode = self.model_backward = self.decode_backward = 0
         return found
 
 
@@ -47,10 +50,17 @@ class _Counted:
 
     def decode(self, x: Tensor) -> Tensor:
         self._counts.decode += len(x)
-        return self._policy.decode(x)
+        images = self._policy.decode(x)
+        if images.requires_grad:
+            images.register_hook(self._decode_backward)
+        return images
 
     def _backward(self, gradient: Tensor) -> None:
         self._counts.model += len(gradient)
+        self._counts.model_backward += len(gradient)
+
+    def _decode_backward(self, gradient: Tensor) -> None:
+        self._counts.decode_backward += len(gradient)
 
 
 def counted(policy: Policy, counts: Counts) -> Policy:

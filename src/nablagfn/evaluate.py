@@ -224,9 +224,7 @@ def build_evaluator(plan: Plan, accelerator: Accelerator) -> Evaluator:
     config, device = plan.config, accelerator.device
     set_backend_flags(config)
     reward = build_reward(config, device)
-    held_out = {
-        name: rewards.resolve(name, device, config.reward.weights) for name in plan.held_out
-    }
+    held_out = rewards.resolve_all(plan.held_out, device, config.reward.weights)
     view = build_view(config, build_extractor(config, device))
     policy = build_policy(config, device)
     return Evaluator(

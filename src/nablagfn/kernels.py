@@ -19,12 +19,14 @@ class Step:
     """The coefficients of M transitions, shaped to broadcast against x [M, ...].
 
     timestep, timestep_next: [M] integers, the model's time of x_k and x_{k+1} (0 when clean).
-    last: [M] booleans, True where x_{k+1} is the clean sample x_N.
+    last: [M] booleans, True where x_{k+1} is the clean sample x_N. noisy: the other rows, integers
+    that stay on the CPU: what is to be evaluated is known without asking the device.
     """
 
     timestep: Tensor
     timestep_next: Tensor
     last: Tensor
+    noisy: Tensor
     alpha_bar: Tensor
     alpha_bar_next: Tensor
     c1: Tensor
@@ -50,22 +52,25 @@ class KernelTable:
         return len(self.std)
 
     def at(self, step: Tensor, like: Tensor) -> Step:
-        """Coefficients of the steps `step` ([M] in 0..N-1), on the device and dtype of `like`."""
-        k = step.cpu()
-        broadcast = (-1, *([1] * (like.ndim - 1)))
+        """Coefficients of the steps `step` ([M] in 0..N-1), on the device and dtype of `like`.
 
-        def pick(values: Tensor) -> Tensor:
-            return values.to(like.device, like.dtype).reshape(broadcast)
-
+        With `step` on the CPU nothing waits for the device.
+        """
+        coefficients, times = _resident(self, like.device, like.dtype)
+        k = step.to(like.device, non_blocking=True)
+        shape = (len(coefficients), -1, *([1] * (like.ndim - 1)))
+        alpha_bar, alpha_bar_next, c1, c2, std = coefficients[:, k].reshape(shape).unbind(0)
+        timestep, timestep_next = times[:, k].unbind(0)
         return Step(
-            timestep=self.timestep[k].to(like.device),
-            timestep_next=self.timestep[k + 1].to(like.device),
-            last=(k + 1 == self.num_steps).to(like.device),
-            alpha_bar=pick(self.alpha_bar[k]),
-            alpha_bar_next=pick(self.alpha_bar[k + 1]),
-            c1=pick(self.c1[k]),
-            c2=pick(self.c2[k]),
-            std=pick(self.std[k]),
+            timestep=timestep,
+            timestep_next=timestep_next,
+            last=k + 1 == self.num_steps,
+            noisy=(step.cpu() + 1 != self.num_steps).nonzero()[:, 0],
+            alpha_bar=alpha_bar,
+            alpha_bar_next=alpha_bar_next,
+            c1=c1,
+            c2=c2,
+            std=std,
         )
 
     def at_step(self, step: int, like: Tensor) -> Step:
@@ -73,10 +78,21 @@ class KernelTable:
         one = _one_step(self, step, like.device, like.dtype, like.ndim)
         return replace(
             one,
+            noisy=torch.arange(len(like) if step + 1 < self.num_steps else 0),
             timestep=one.timestep.expand(len(like)),
             timestep_next=one.timestep_next.expand(len(like)),
             last=one.last.expand(len(like)),
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _resident(
+    table: KernelTable, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(ᾱ_k, ᾱ_{k+1}, c1, c2, std) [5, N] and (timestep, timestep_next) [2, N], kept on a device."""
+    level, time = table.alpha_bar, table.timestep
+    coefficients = torch.stack([level[:-1], level[1:], table.c1, table.c2, table.std])
+    return coefficients.to(dtype).to(device), torch.stack([time[:-1], time[1:]]).to(device)
 
 
 @functools.lru_cache(maxsize=4096)

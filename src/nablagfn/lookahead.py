@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .types import Condition, Policy, Reward
+from .types import Condition, Policy, Reward, beside
 
 Attenuation = Literal["squared", "sqrt", "none"]
 
@@ -36,18 +37,30 @@ class LogReward:
         return self.scale * self.reward(images, condition.prompts, condition.metadata)
 
 
-def predicted_clean(
-    policy: Policy, x: Tensor, timestep: Tensor, alpha_bar: Tensor, clean: Tensor, where: Condition
-) -> Tensor:
-    """x̂_θ(x) [M, ...]; rows marked `clean` ([M] booleans) are clean already and are kept."""
-    if bool(clean.all()):
+def predicted_clean(policy: Policy, x: Tensor, k: kernels.Step, where: Condition) -> Tensor:
+    """x̂_θ(x) [M, ...] at x = x_{k+1}; samples that are clean already (k last) are kept."""
+    if len(k.noisy) == 0:
         return x
-    if not bool(clean.any()):
-        return kernels.predict_clean(x, policy.eps(x, timestep, where), alpha_bar)
-    noisy = ~clean
-    eps = policy.eps(x[noisy], timestep[noisy], where[noisy])
-    predicted = kernels.predict_clean(x[noisy], eps, alpha_bar[noisy])
-    return x.index_put((noisy.nonzero()[:, 0],), predicted)
+    if len(k.noisy) == len(x):
+        return kernels.predict_clean(x, policy.eps(x, k.timestep_next, where), k.alpha_bar_next)
+    rows = beside(k.noisy, x)
+    eps = policy.eps(x[rows], k.timestep_next[rows], where[k.noisy])
+    predicted = kernels.predict_clean(x[rows], eps, k.alpha_bar_next[rows])
+    return x.index_put((rows,), predicted)
+
+
+@contextmanager
+def without_theta(policy: Policy) -> Iterator[None]:
+    """Inside it no graph reaches θ: what is differentiated for x only keeps nothing for θ."""
+    parameters = policy.parameters()
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
 
 
 @dataclass(frozen=True)
@@ -72,8 +85,8 @@ def guess(
     itself and γ = 1.
     """
     x = x_next.detach().requires_grad_()
-    with torch.enable_grad():
-        x_clean = predicted_clean(policy, x, k.timestep_next, k.alpha_bar_next, k.last, condition)
+    with without_theta(policy), torch.enable_grad():
+        x_clean = predicted_clean(policy, x, k, condition)
         value = log_reward(x_clean, condition)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     gamma = attenuation(k.alpha_bar_next, mode)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .kernels import KernelTable
-from .types import Condition, Policy, Trajectories
+from .types import Condition, Policy, Trajectories, beside
 
 
 def rollout(
@@ -78,11 +78,11 @@ def replay(
         joined = (step.cpu() == k).nonzero()[:, 0]
         if len(joined):
             active = torch.cat([active, joined])
-            now = torch.cat([now, x[joined]])
+            now = torch.cat([now, x[beside(joined, x)]])
             where = condition[active]
-        driven = noise[active, k - first : k - first + 1]
+        driven = noise[beside(active, noise), k - first : k - first + 1]
         now = walk(policy, table, now, driven, where, first=k).clean
-    return now[active.argsort()]
+    return now[beside(active.argsort(), now)]
 
 
 @dataclass(frozen=True)

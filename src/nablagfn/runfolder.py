@@ -130,6 +130,19 @@ class RunFolder:
         best = ((self.read_json(GUARD) or {}).get("best") or {}).get("checkpoint", "")
         return best if best in names else max(names, default="")
 
+    def checkpoint(self, name: str = "") -> Path:
+        """The folder of a checkpoint; by default of the one that the run stands for.
+
+        Raises ConfigError when there is none (of that name).
+        """
+        found = {path.name: path for path in complete_checkpoints(self.checkpoints)}
+        if not found or (name and name not in found):
+            raise ConfigError(
+                f"{self.path} has no checkpoint {name or 'yet'}; there is: "
+                + (", ".join(found) or "none")
+            )
+        return found[name or self.result_checkpoint()]
+
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """One more line of a .jsonl file."""
         with (self.path / name).open("a", encoding="utf-8") as file:

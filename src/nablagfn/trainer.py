@@ -5,38 +5,35 @@ It names no objective, no model and no reward: `Policy`, `Reward` and `Objective
 
 from __future__ import annotations
 
-import math
 import time
-from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
-from . import distributed, report, runfolder
+from . import backoff, distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
 from .config import Config, ConfigError, set_option
 from .counting import Counts, counted
-from .diagnostics import StepDiagnostics
 from .evaluation import Evaluator, Measurement, PictureView
 from .extractors import load_extractor
 from .guard import Guard, Tempered
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
 from .observe import Observer
-from .optimizers import build_optimizer, schedule_lr
+from .optimizers import schedule_lr
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
-from .rewards import NamedReward, Scores, named
+from .rewards import NamedReward, Scores, named, resolve_all
 from .rollout import fingerprints
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
-from .types import Policy, Reward, Selection, Trajectories, View
+from .types import Policy, Reward, Trajectories, View
+from .updater import TrainingError, Updater, require_finite
 
 
 def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
@@ -61,18 +58,6 @@ class Stopped(Exception):
     """A stop was requested within an epoch; the run goes on from the epoch's start."""
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line that says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Updated:
-    """What is logged of one update: averages, and the same by noise level."""
-
-    metrics: dict[str, float]
-    by_step: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class RunResult:
     """What `fit` returns. before, after: None without `evaluation.num_prompts` or the end."""
@@ -94,7 +79,8 @@ class Trainer:
 
     prompts: what the model is asked to draw. folder: the run folder (default:
     `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
-    view: how samples are measured and shown (default: as pictures).
+    view: how samples are measured and shown (default: as pictures). held_out: rewards to measure
+    beside the trained one, by name (`evaluation.held_out_rewards`).
     Raises ConfigError, before anything is written, when settings contradict each other.
     """
 
@@ -108,6 +94,7 @@ class Trainer:
         folder: RunFolder | None = None,
         accelerator: Accelerator | None = None,
         view: View | None = None,
+        held_out: Mapping[str, Reward] | None = None,
         show_progress: bool = True,
     ) -> None:
         reward = named(reward)
@@ -128,12 +115,7 @@ class Trainer:
         self.objective = build_objective(
             config, working, Tempered(reward, self.guard), prompts, self.table
         )
-        self._groups = [
-            policy.parameters(),
-            [p for p in self.objective.modules.parameters() if p.requires_grad],
-        ]
-        self.optimizer = build_optimizer(config.training, *self._groups)
-        self.scaler = distributed.gradient_scaler(config, self.accelerator.device)
+        self.updater = Updater(self.accelerator, policy, self.objective, config)
         self.log = RunLog(self.accelerator, self.folder, config)
         self.collector = Collector(
             working,
@@ -143,30 +125,34 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        extractor = config.evaluation.extractor
-        view = view or PictureView(load_extractor(extractor, policy.device, config.reward.weights))
-        self.observer = self._make_observer(view)
+        self.observer = self._make_observer(view, held_out)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
             self.objective.modules,
-            self.optimizer,
-            self.scaler,
+            self.updater.optimizer,
+            self.updater.scaler,
             self.guard,
             limit=config.logging.num_checkpoint_limit,
         )
 
-    def _make_observer(self, view: View) -> Observer:
-        config = self.config
+    def _make_observer(self, view: View | None, held_out: Mapping[str, Reward] | None) -> Observer:
+        config, device = self.config, self.policy.device
+        wanted, weights = config.evaluation, config.reward.weights
+        if view is None:
+            view = PictureView(load_extractor(wanted.extractor, device, weights))
+        if held_out is None:
+            held_out = resolve_all(wanted.held_out_rewards, device, weights)
         evaluator = Evaluator(
             self.accelerator,
             self.policy,
             self.reward,
             self.table,
-            batch_size=config.evaluation.batch_size or config.sampling.batch_size,
-            seed=config.evaluation.seed,
+            batch_size=wanted.batch_size or config.sampling.batch_size,
+            seed=wanted.seed,
             view=view,
             critics=critics_of(config.pretrained.model),
+            held_out=held_out,
         )
         prompts = self.prompts.evaluation
         return Observer(evaluator, self.folder, prompts, config, show=self.show)
@@ -176,10 +162,14 @@ class Trainer:
     def fit(self) -> RunResult:
         """Train to `training.num_epochs`, continuing from the newest checkpoint if there is one.
 
-        Raises TrainingError when the loss is no longer finite.
+        Raises TrainingError when the loss is no longer finite, or when one transition at a time
+        is too much for the device's memory.
         """
         with self.folder.lock() if self.accelerator.is_main_process else nullcontext():
-            return self._fit()
+            try:
+                return self._fit()
+            except torch.OutOfMemoryError:
+                raise TrainingError(f"out of memory: {backoff.SAVE_MEMORY}") from None
 
     def _fit(self) -> RunResult:
         """`fit`, with the run folder held."""
@@ -277,14 +267,14 @@ class Trainer:
         scores = self._scores(drawn)
         drawn = replace(drawn, reward=scores.total)
         rewards = {**self._observe(drawn), **self._components(scores)}
-        self._require_finite(rewards["reward"], "the reward", "check the reward function")
+        require_finite(rewards["reward"], "the reward", "check the reward function")
         bar.note(f"reward {rewards['reward']:.3g}")
         for inner in range(self.config.training.num_inner_epochs):
             for chosen in self.collector.batches(drawn, epoch, inner, self.objective):
                 self._leave_if_asked(stop)
                 total = self.config.training.num_epochs * self.updates_per_epoch
-                schedule_lr(self.optimizer, self.config.training, update / total)
-                done = self.update(chosen)
+                schedule_lr(self.updater.optimizer, self.config.training, update / total)
+                done = self.updater.update(chosen)
                 row = {**rewards, **done.metrics, **self.counts.take()}
                 update += 1
                 seconds = position.seconds + time.perf_counter() - started
@@ -345,51 +335,3 @@ class Trainer:
         """Mean of each component of a composed reward, over all processes."""
         parts = {f"reward_{name}": value.mean() for name, value in scores.parts.items()}
         return distributed.average_metrics(self.accelerator, parts) if parts else {}
-
-    def update(self, chosen: Selection) -> Updated:
-        """One optimizer step on the transitions of this process; what is logged of it.
-
-        The loss is the mean over all transitions, whatever the micro-batch.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        batch = chosen.transitions(self.objective.prepare(chosen))
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
-        by_step = StepDiagnostics(self.table.num_steps, batch.x.device)
-        size = self.config.training.micro_batch or self.config.training.batch_size
-        for rows in torch.arange(len(batch)).split(size):
-            losses = self.objective.losses(batch[rows])
-            loss = losses.total().sum() / len(batch)
-            self.scaler.scale(loss).backward()
-            values = {f"loss_{name}": value.detach() for name, value in losses.terms.items()}
-            values |= losses.metrics
-            by_step.add(batch.step[rows], values, losses.vectors)
-            sums["loss"] += loss.detach()
-            for name, value in values.items():
-                sums[name] += value.sum() / len(batch)
-        metrics = distributed.average_metrics(self.accelerator, sums)
-        return Updated({**metrics, **self._step()}, by_step.row(self.accelerator))
-
-    def _step(self) -> dict[str, float]:
-        """Average gradients over processes, clip each group, step once."""
-        parameters = [p for group in self._groups for p in group]
-        distributed.average_gradients(self.accelerator, parameters)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.training.max_grad_norm
-        norms = [nn.utils.clip_grad_norm_(group, limit) for group in self._groups if group]
-        if not self.scaler.is_enabled():  # the scaler skips such a step and lowers its scale
-            advice = "lower config.model.reward_scale or config.training.lr"
-            self._require_finite(float(sum(norms)), "the gradient", advice)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return {
-            name: float(norm)
-            for name, norm in zip(("grad_norm", "grad_norm_own"), norms, strict=False)
-        }
-
-    def _require_finite(self, value: float, what: str, advice: str) -> None:
-        """Before the weights are touched, on every process alike."""
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{what} is not finite: {advice}; earlier checkpoints, if any, are in "
-                f"{self.folder.checkpoints}"
-            )

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 Metadata = Mapping[str, Any]
 
 
+def beside(index: Tensor, like: Tensor) -> Tensor:
+    """`index` on the device of `like`, without waiting for it."""
+    return index.to(like.device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a batch of samples is conditioned on.
@@ -39,7 +44,7 @@ class Condition:
         return Condition(
             prompts=tuple(self.prompts[i] for i in rows),
             metadata=tuple(self.metadata[i] for i in rows),
-            embeds=None if self.embeds is None else self.embeds[index.to(self.embeds.device)],
+            embeds=None if self.embeds is None else self.embeds[beside(index, self.embeds)],
         )
 
 
@@ -57,7 +62,7 @@ class Trajectories:
 
     def __getitem__(self, index: Tensor) -> Trajectories:
         """The trajectories named by `index` ([M] integers)."""
-        here = index.to(self.x.device)
+        here = beside(index, self.x)
         return Trajectories(
             x=self.x[here],
             eps=self.eps[here],
@@ -80,7 +85,8 @@ class Transitions:
     """M pairs (x_k, x_{k+1}) with their own prompts.
 
     x, x_next, eps_old: [M, ...]; eps_old is the prediction of the parameters θ† that drew the pair.
-    step: [M] integers k in 0..N-1. signals: what `Objective.prepare` computed, each [M, ...].
+    step: [M] integers k in 0..N-1, on the CPU. signals: what `Objective.prepare` computed, each
+    [M, ...].
     """
 
     x: Tensor
@@ -94,13 +100,15 @@ class Transitions:
         return len(self.step)
 
     def __getitem__(self, index: Tensor) -> Transitions:
+        """The transitions named by `index` ([M] integers, on the CPU)."""
+        here = beside(index, self.x)
         return Transitions(
-            x=self.x[index],
-            x_next=self.x_next[index],
-            eps_old=self.eps_old[index],
+            x=self.x[here],
+            x_next=self.x_next[here],
+            eps_old=self.eps_old[here],
             step=self.step[index],
             condition=self.condition[index],
-            signals={name: value[index] for name, value in self.signals.items()},
+            signals={name: value[here] for name, value in self.signals.items()},
         )
 
 
@@ -109,7 +117,8 @@ class Selection:
     """The data of one update: whole paths, and which transitions of them are learned from.
 
     row, step: [M] integers; transition i is step[i] of paths[row[i]]. seed: [M] integers, where
-    an objective's own random numbers for a transition come from; None if none are needed.
+    an objective's own random numbers for a transition come from; None if none are needed. All on
+    the CPU, so that choosing rows never waits for the device.
     """
 
     paths: Trajectories
@@ -119,7 +128,7 @@ class Selection:
 
     def transitions(self, signals: Mapping[str, Tensor]) -> Transitions:
         """The chosen transitions with `signals` (each [M, ...]) attached."""
-        here, k = self.row.to(self.paths.x.device), self.step.to(self.paths.x.device)
+        here, k = beside(self.row, self.paths.x), beside(self.step, self.paths.x)
         return Transitions(
             x=self.paths.x[here, k],
             x_next=self.paths.x[here, k + 1],
@@ -244,6 +253,10 @@ class Objective(Protocol):
 
     def observe(self, prompts: Sequence[str], reward: Tensor) -> None:
         """Told each epoch's prompts and rewards [B], of all processes in the same order."""
+        return None
+
+    def limit_rows(self, rows: int) -> None:
+        """At most this many rows per forward pass from now on: memory and speed, not results."""
         return None
 
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:

@@ -22,7 +22,7 @@ class Evaluated:
 
     x: [M, ...] x_k; requires grad when the estimator asked for it (`needs_input_graph`).
     eps: [M, ...] ε_θ(x_k) with its graph. eps_ref: [M, ...] ε_#(x_k); its graph reaches x only,
-    and it has none when it came as a signal.
+    and it has none when it came as a signal. ahead: what `Estimator.ahead` found, by name.
     """
 
     batch: Transitions
@@ -30,6 +30,7 @@ class Evaluated:
     x: Tensor
     eps: Tensor
     eps_ref: Tensor
+    ahead: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,22 @@ class Estimator(Protocol):
     needs_input_graph: bool
     modules: nn.ModuleDict
 
+    def limit_rows(self, rows: int) -> None:
+        """`Objective.limit_rows`, for what `prepare` does."""
+        return None
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """What `__call__` needs of whole trajectories (`Objective.prepare`)."""
+        return {}
+
+    def ahead(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+    ) -> Mapping[str, Tensor]:
+        """What needs no ε_θ(x_k), [M, ...] by name, without graphs.
+
+        It is asked for before ε_θ(x_k) is evaluated, so that its graphs are gone when that of θ
+        comes: one graph of the model at a time. Arguments as in `Evaluated`.
+        """
         return {}
 
     def __call__(self, here: Evaluated) -> Estimate: ...

@@ -35,6 +35,9 @@ class AdjointMatching(Estimator):
         self.chunk = chunk
         self.modules = nn.ModuleDict()
 
+    def limit_rows(self, rows: int) -> None:
+        self.chunk = rows
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """a_{k+1} and ε_#(x_k) of every chosen transition."""
         start = int(chosen.step.min())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..kernels import Step
 from ..lookahead import Attenuation, LogReward, guess
-from ..types import Policy
+from ..types import Policy, Transitions
 from ..value_gradient import Estimate, Estimator, Evaluated, mean_square
 
 
@@ -33,11 +35,14 @@ class Guess(Estimator):
         self.frozen_guess = frozen_guess
         self.modules = nn.ModuleDict()
 
-    def __call__(self, here: Evaluated) -> Estimate:
-        """One reward gradient at x_{k+1}, detached."""
-        batch = here.batch
+    def ahead(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+    ) -> Mapping[str, Tensor]:
+        """One reward gradient at x_{k+1}."""
         with self.policy.reference() if self.frozen_guess else nullcontext():
-            value = guess(
-                self.log_reward, self.policy, batch.x_next, here.k, batch.condition, self.mode
-            ).gradient
+            found = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
+        return {"guess": found.gradient}
+
+    def __call__(self, here: Evaluated) -> Estimate:
+        value = here.ahead["guess"]
         return Estimate(value, metrics={"guess_sq": mean_square(value)})

@@ -71,6 +71,9 @@ class NablaDBLambda(Estimator):
         self.needs_input_graph = flow is not None and not self.sweeps
         self.modules = nn.ModuleDict({} if flow is None else {"flow": flow})
 
+    def limit_rows(self, rows: int) -> None:
+        self.chunk = rows
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """v_{k+1}, g_φ's target and ε_#(x_k) of the chosen transitions; nothing without sweep."""
         if not self.sweeps:

@@ -11,12 +11,14 @@ no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
 from ..lookahead import Attenuation, LogReward, attenuation, guess
-from ..types import Policy
+from ..types import Policy, Transitions
 from ..value_gradient import Estimate, Estimator, Evaluated, mean_square
 
 
@@ -36,9 +38,9 @@ def reverse_cotangent(x_next: Tensor, m: Tensor, k: kernels.Step) -> Tensor:
 
 
 class ResidualDB(Estimator):
-    """The paper's estimator. reverse_scale: w_B; strength: s multiplies log p_# only."""
-
-    needs_input_graph = True
+    """The paper's estimator. reverse_scale: w_B, at 0 the reverse condition is not evaluated;
+    strength: s multiplies log p_# only.
+    """
 
     def __init__(
         self,
@@ -56,29 +58,43 @@ class ResidualDB(Estimator):
         self.flow = flow
         self.reverse_scale = reverse_scale
         self.strength = strength
+        self.needs_input_graph = reverse_scale > 0
         self.modules = nn.ModuleDict({"flow": flow})
+
+    def ahead(
+        self, batch: Transitions, k: kernels.Step, x: Tensor, eps_ref: Tensor
+    ) -> Mapping[str, Tensor]:
+        """The frozen model's reverse score, which frees its graph, then the guess at x_{k+1}."""
+        found = {}
+        if self.needs_input_graph:
+            with self.policy.reference():
+                found["score_ref"] = reverse_score(x, batch.x_next, eps_ref, k)
+        guessed = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
+        return {**found, "guess": guessed.gradient}
 
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂ with the flow's own reverse and terminal losses."""
-        batch, k = here.batch, here.k
-        target = self.reverse_target(here)  # first: it frees the frozen model's graph
-        known = guess(
-            self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode
-        ).gradient
+        batch, k, known = here.batch, here.k, here.ahead["guess"]
         learned = self.flow(batch.x_next, k.timestep_next, batch.condition)
-        reverse = target + self.flow(batch.x, k.timestep, batch.condition)
-        at_end = k.last.to(learned.dtype)
         return Estimate(
             value_gradient=known + learned,
             terms={
-                "reverse": self.reverse_scale * mean_square(reverse),
-                "terminal": at_end * mean_square(learned),
+                "reverse": self._reverse(here),
+                "terminal": k.last.to(learned.dtype) * mean_square(learned),
             },
             metrics={
                 "guess_sq": mean_square(known),
                 "flow_sq": mean_square(learned.detach()),
             },
         )
+
+    def _reverse(self, here: Evaluated) -> Tensor:
+        """w_B·‖reverse condition‖², [M]."""
+        batch = here.batch
+        if not self.needs_input_graph:
+            return torch.zeros(len(batch), dtype=batch.x.dtype, device=batch.x.device)
+        value = self.flow(batch.x, here.k.timestep, batch.condition)
+        return self.reverse_scale * mean_square(self.reverse_target(here) + value)
 
     def reverse_target(self, here: Evaluated) -> Tensor:
         """∇_{x_k}[log p_θ − s·log p_#](x_{k+1}|x_k) + β·γ·∇r(x̂_θ(x_k)), detached, [M, ...].
@@ -87,12 +103,10 @@ class ResidualDB(Estimator):
         cotangent serves both.
         """
         batch, k = here.batch, here.k
-        with self.policy.reference():
-            score_ref = reverse_score(here.x, batch.x_next, here.eps_ref, k)
         m = kernels.mean(here.x, here.eps, k)
         x_clean = kernels.predict_clean(here.x, here.eps, k.alpha_bar)
         value = self.log_reward(x_clean, batch.condition)
         gamma = attenuation(k.alpha_bar, self.mode).flatten().to(value.dtype)
         cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
         (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
-        return shared - self.strength * score_ref
+        return shared - self.strength * here.ahead["score_ref"]

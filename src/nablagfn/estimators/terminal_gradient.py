@@ -26,6 +26,9 @@ class TerminalGradient(Estimator):
         self.chunk = chunk
         self.modules = nn.ModuleDict()
 
+    def limit_rows(self, rows: int) -> None:
+        self.chunk = rows
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """β∇r(x_N) of each transition's own path."""
         paths = chosen.paths

@@ -29,8 +29,8 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence loading bars and notices about the safety checker, which training never runs."""
+def quiet() -> Iterator[None]:
+    """Silence bars and notices of diffusers and transformers (safety checker, unused encoders)."""
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:
@@ -55,7 +55,7 @@ def load_pipeline(
     """The frozen pipeline by hub name, folder or embedded name. Raises ConfigError if missing."""
     source = locate(model, revision)
     try:
-        with _quiet():
+        with quiet():
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source,
                 revision=revision,
@@ -109,7 +109,8 @@ class StableDiffusionPolicy:
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.double().cpu()
         self._levels = _on_device(self.alphas_cumprod, self.device)
         self.prediction_type: str = pipeline.scheduler.config.prediction_type
-        self._embeds: dict[str, Tensor] = {}
+        self._embeds: dict[str, Tensor] = {}  # on the CPU: a prompt set can have thousands
+        self._empty: Tensor | None = None
 
     @classmethod
     def from_pretrained(
@@ -213,7 +214,9 @@ class StableDiffusionPolicy:
         assert condition.embeds is not None
         if self.guidance_scale == 1.0:
             return self._eps(x, timestep, condition.embeds)
-        empty = self._encode([""]).expand_as(condition.embeds)
+        if self._empty is None:  # kept on the device: every evaluation needs it
+            self._empty = self._encode([""])
+        empty = self._empty.expand_as(condition.embeds)
         both = self._eps(
             torch.cat([x, x]),
             torch.cat([timestep, timestep]),

@@ -23,7 +23,7 @@ from .. import kernels
 from ..kernels import KernelTable, Step
 from ..lookahead import Attenuation, LogReward, attenuation
 from ..rollout import StepChoice
-from ..types import Condition, Losses, Objective, Policy, Selection, Transitions
+from ..types import Condition, Losses, Objective, Policy, Selection, Transitions, beside
 
 
 class DagDB(Objective):
@@ -78,11 +78,11 @@ class DagDB(Objective):
     def log_flow_next(self, batch: Transitions, k: Step) -> Tensor:
         """log F̃(x_{k+1}), [M]: β·r where x_{k+1} is clean, which costs no evaluation."""
         known = batch.signals["log_reward"].to(batch.x.dtype)
-        rows = (~k.last).nonzero()[:, 0]
-        if not len(rows):
+        if not len(k.noisy):
             return known
+        rows = beside(k.noisy, known)
         x, timestep = batch.x_next[rows], k.timestep_next[rows]
-        where = batch.condition[rows]
+        where = batch.condition[k.noisy]
         model = self.policy.reference() if self.frozen_guess else nullcontext()
         with model, torch.no_grad():
             eps = self.policy.eps(x, timestep, where)

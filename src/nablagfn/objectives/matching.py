@@ -71,6 +71,9 @@ class MatchingObjective(Objective):
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         return self.steps(num_steps, generator)
 
+    def limit_rows(self, rows: int) -> None:
+        self.estimator.limit_rows(rows)
+
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         return self.estimator.prepare(chosen)
 
@@ -85,9 +88,10 @@ class MatchingObjective(Objective):
         if eps_ref is None:
             with self.policy.reference(), torch.set_grad_enabled(graph):
                 eps_ref = self.policy.eps(x, k.timestep, batch.condition)
+        ahead = self.estimator.ahead(batch, k, x, eps_ref)
         with torch.enable_grad():
             eps = self.policy.eps(x, k.timestep, batch.condition)
-        return Evaluated(batch=batch, k=k, x=x, eps=eps, eps_ref=eps_ref)
+        return Evaluated(batch=batch, k=k, x=x, eps=eps, eps_ref=eps_ref, ahead=ahead)
 
     def losses(self, batch: Transitions) -> Losses:
         """Forward loss, trust region and the estimator's own terms, each [M]."""

@@ -1,7 +1,15 @@
 """Rewards: scores of images; `resolve` finds one by name, import path or weighted sum."""
 
 from .compose import Scores
-from .registry import BUILT_IN, NamedReward, check_names, named, require_gradient, resolve
+from .registry import (
+    BUILT_IN,
+    NamedReward,
+    check_names,
+    named,
+    require_gradient,
+    resolve,
+    resolve_all,
+)
 
 __all__ = [
     "BUILT_IN",
@@ -11,4 +19,5 @@ __all__ = [
     "named",
     "require_gradient",
     "resolve",
+    "resolve_all",
 ]

@@ -84,5 +84,9 @@ class ClipScore(nn.Module):
                 tokens = self.tokens([prompt]).to(scale.device)
                 pooled = self.model.text_model(input_ids=tokens).pooler_output
                 embedding = F.normalize(self.model.text_projection(pooled), dim=-1)
-                self._texts[prompt] = embedding[0].cpu()
+                self.remember(prompt, embedding[0].cpu())
         return torch.stack([self._texts[p] for p in prompts]).to(scale.device, scale.dtype)
+
+    def remember(self, prompt: str, embedding: Tensor) -> None:
+        """Use this unit embedding [D] instead of encoding the prompt."""
+        self._texts[prompt] = embedding

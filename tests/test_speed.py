@@ -1,0 +1,266 @@
+"""The fast paths against the plain ones: the same losses and gradients, less memory, no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nablagfn import kernels, rng
+from nablagfn.estimators.guess import Guess
+from nablagfn.estimators.residual_db import ResidualDB
+from nablagfn.lookahead import LogReward
+from nablagfn.methods import METHODS
+from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.objectives.matching import MatchingObjective
+from nablagfn.rewards import analytic
+from nablagfn.rollout import replay, rollout
+from nablagfn.types import Policy, Selection
+from tests.live_graph import LiveGraph
+from tests.test_rivals import KINDS, method_config
+from tests.tiny_pipeline import make_pipeline
+from tests.worlds import randomise
+
+PROMPTS = ("a cat", "a dog", "an ant")
+STEPS = 3
+BETA = 50.0
+
+
+def make_policy(dtype: torch.dtype = torch.float64, **options: object) -> StableDiffusionPolicy:
+    pipeline = make_pipeline().to(dtype)
+    policy = StableDiffusionPolicy(pipeline, **{"guidance_scale": 3.0, "lora_rank": 2, **options})
+    randomise(policy.parameters(), 0.1)
+    return policy
+
+
+def draw(
+    policy: Policy, dtype: torch.dtype = torch.float64
+) -> tuple[kernels.KernelTable, Selection]:
+    """Every transition of three paths."""
+    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+    rows = range(len(PROMPTS))
+    shape = (STEPS + 1, *policy.sample_shape)
+    noise = rng.normal(shape, rows, seed=0, purpose="noise", dtype=dtype)
+    drawn = rollout(policy, table, noise, policy.condition(PROMPTS))
+    row = torch.arange(len(PROMPTS)).repeat_interleave(STEPS)
+    return table, Selection(drawn, row, torch.arange(STEPS).repeat(len(PROMPTS)))
+
+
+def objective_for(
+    policy: StableDiffusionPolicy, table: kernels.KernelTable, *, flow: bool = True
+) -> MatchingObjective:
+    log_reward = LogReward(policy, analytic.colourfulness, BETA)
+    if not flow:
+        return MatchingObjective(policy, table, Guess(policy, log_reward, "squared"))
+    network = policy.make_flow((8, 16), 1, seed=0).to(policy.dtype)
+    return MatchingObjective(policy, table, ResidualDB(policy, log_reward, "squared", network))
+
+
+# -------------------------------------------------------------------------------- memory
+
+
+def peak_of_losses(objective: MatchingObjective, chosen: Selection) -> int:
+    with LiveGraph() as graph:
+        objective.losses(chosen.transitions({})).total().sum().backward()
+    return graph.peak
+
+
+def test_the_count_of_live_bytes_rises_and_falls() -> None:
+    with LiveGraph() as graph:
+        x = torch.ones(10, requires_grad=True)
+        y = x.exp()  # saves its result, 40 bytes
+        z = y.square()  # saves y again
+        assert graph.now == 40
+        z.sum().backward()
+        del y, z
+    assert (graph.now, graph.peak) == (0, 40)
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_graphs_of_the_model_do_not_pile_up(flow: bool) -> None:
+    """The most that is held at once is one graph of the U-Net, of the VAE and of the flow."""
+    policy = make_policy()
+    table, chosen = draw(policy)
+    batch = chosen.transitions({})
+    k = table.at(batch.step, batch.x)
+    parts = []
+    x = batch.x.clone().requires_grad_(flow)
+    with LiveGraph() as unet:
+        eps = policy.eps(x, k.timestep, batch.condition)
+        parts.append(unet.peak)
+    with LiveGraph() as vae:
+        log_reward = LogReward(policy, analytic.colourfulness, BETA)
+        log_reward(batch.x.clone().requires_grad_(), batch.condition)
+        parts.append(vae.peak)
+    objective = objective_for(policy, table, flow=flow)
+    for network in objective.modules.values():
+        with LiveGraph() as own:
+            kept = [network(batch.x, k.timestep, batch.condition) for _ in range(2)]
+            parts.append(own.peak)
+            del kept
+    del eps
+    assert peak_of_losses(objective, chosen) < 1.1 * sum(parts)
+    assert parts[0] > 0.2 * sum(parts)  # a second graph of the U-Net would be seen
+
+
+def test_the_guess_keeps_nothing_for_theta() -> None:
+    """And θ is trained again after it, also where an error leaves it."""
+    policy = make_policy()
+    table, chosen = draw(policy)
+    objective = objective_for(policy, table, flow=False)
+    batch = chosen.transitions({})
+    seen: list[bool] = []
+
+    def spy(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
+        seen.append(any(p.requires_grad for p in policy.parameters()))
+        return StableDiffusionPolicy.eps(policy, x, timestep, condition)
+
+    policy.eps = spy  # type: ignore[method-assign]
+    objective.losses(batch)
+    assert seen == [False, False, True]  # frozen, guess, θ
+    assert all(p.requires_grad for p in policy.parameters())
+
+    def broken(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
+        raise RuntimeError
+
+    policy.eps = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        objective.estimator.ahead(batch, table.at(batch.step, batch.x), batch.x, batch.x)
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_without_its_reverse_loss_the_reverse_condition_costs_nothing(tmp_path: Path) -> None:
+    """As the guess alone: the costs of docs/methods.md; the same numbers as with a tiny weight."""
+    found = []
+    for scale in (0.0, 1e-30):
+        options = {"model.reverse_loss_scale": scale, "training.num_epochs": 1}
+        trainer = KINDS[0].trainer(method_config("nabla-db", tmp_path / str(scale), **options))
+        trainer.fit()
+        (row,) = trainer.folder.metrics()
+        found.append((row, trainer.policy.state_dict()))
+    (none, theta), (tiny, same) = found
+    assert all(torch.equal(theta[name], same[name]) for name in theta)
+    assert none["loss_reverse"] == 0 and tiny["loss_reverse"] > 0
+    assert none["loss"] == tiny["loss"] and none["flow_sq"] == tiny["flow_sq"]
+    assert none["model_evals"] < tiny["model_evals"]
+
+
+# -------------------------------------------------------------------------------- waiting
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between devices. On `meta`, reading a value back is an error by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            target = kwargs.get("device")
+            self.count += target is not None and torch.device(target) != args[0].device
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta(policy: StableDiffusionPolicy) -> Iterator[StableDiffusionPolicy]:
+    """The policy on a device that computes nothing and whose values cannot be read."""
+    policy.condition(["", *PROMPTS])  # encoded before
+    policy.unet.to("meta")
+    policy.vae.to("meta")
+    policy._levels = policy._levels.to("meta")
+    yield policy
+
+
+def test_sampling_waits_for_nothing_and_copies_only_its_noise() -> None:
+    with on_meta(make_policy(torch.float32)) as policy:
+        table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+        noise = torch.randn(len(PROMPTS), STEPS + 1, *policy.sample_shape)
+        where = policy.condition(PROMPTS)
+        rollout(policy, table, noise, where)  # the table and the empty prompt go to the device
+        with Copies() as copies:
+            drawn = rollout(policy, table, noise, where)
+        assert drawn.x.device.type == "meta" and copies.count == 1
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_a_micro_batch_waits_for_nothing(flow: bool) -> None:
+    """Mixed rows: some lead to the clean end. Only indices go to the device, once for each use."""
+    with on_meta(make_policy(torch.float32)) as policy:
+        table, chosen = draw(policy, torch.float32)
+        objective = objective_for(policy, table, flow=flow)
+        batch = chosen.transitions({})
+        objective.losses(batch[torch.arange(2, 7)])
+        with Copies() as copies:
+            losses = objective.losses(batch[torch.arange(2, 7)])
+            losses.total().sum().backward(inputs=policy.parameters())
+        assert losses.total().device.type == "meta"
+        assert copies.count == 5  # rows for x and for prompts; steps; noisy rows, twice
+
+
+def test_walking_a_path_again_waits_for_nothing() -> None:
+    with on_meta(make_policy(torch.float32)) as policy:
+        table, chosen = draw(policy, torch.float32)
+        batch = replace(chosen, row=torch.tensor([0, 1, 2]), step=torch.tensor([1, 0, 2]))
+        there = batch.transitions({})
+        noise = torch.randn(3, STEPS, *policy.sample_shape, device="meta")
+        found = replay(policy, table, there.x, there.step, noise, there.condition)
+        assert found.device.type == "meta" and found.shape == there.x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coefficients_are_the_table_s(dtype: torch.dtype) -> None:
+    policy = make_policy()
+    table = kernels.sde_dpm_solver(policy.alphas_cumprod, policy.timesteps("dpm-solver", 5))
+    step = torch.tensor([4, 0, 2, 4])
+    k = table.at(step, torch.zeros(4, 1, 1, dtype=dtype))
+    for name in ("c1", "c2", "std"):
+        known = getattr(table, name)[step].to(dtype)[:, None, None]
+        assert torch.equal(getattr(k, name), known), name
+    assert torch.equal(k.alpha_bar, table.alpha_bar[step].to(dtype)[:, None, None])
+    assert torch.equal(k.alpha_bar_next, table.alpha_bar[step + 1].to(dtype)[:, None, None])
+    assert torch.equal(k.timestep, table.timestep[step])
+    assert torch.equal(k.timestep_next, table.timestep[step + 1])
+    assert k.last.tolist() == [True, False, False, True] and k.noisy.tolist() == [1, 2]
+    for step_of_all, noisy in ((4, []), (1, [0, 1, 2])):
+        assert table.at_step(step_of_all, torch.zeros(3, 1)).noisy.tolist() == noisy
+
+
+# -------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
+    """Transitions of several steps in a pass, 1, 3 or all: the same gradients and metrics."""
+    found = []
+    for size in (1, 3, 100):
+        options = {"training.micro_batch": size, "sampling.num_steps": 5}
+        trainer = KINDS[0].trainer(method_config(method, tmp_path / str(size), **options))
+        randomise(trainer.policy.parameters(), 0.1)
+        randomise([p for p in trainer.objective.modules.parameters()], 0.1, seed=3)
+        drawn = trainer.collector.collect(0)
+        drawn = replace(
+            drawn,
+            x=drawn.x.double(),
+            eps=drawn.eps.double(),
+            reward=trainer._scores(drawn).total,
+        )
+        trainer._observe(drawn)
+        (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
+        metrics = trainer.update(chosen)
+        own = trainer.objective.modules.parameters()
+        learned = [*trainer.policy.parameters(), *(p for p in own if p.requires_grad)]
+        found.append((metrics, [p.grad for p in learned]))
+    (metrics, gradients), *others = found
+    assert max(float(g.abs().max()) for g in gradients) > 1e-3
+    for other, theirs in others:
+        assert other == pytest.approx(metrics, rel=1e-6, abs=1e-9)  # metrics travel in float32
+        for one, two in zip(gradients, theirs, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12 * float(one.abs().max()))
