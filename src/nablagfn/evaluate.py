@@ -300,9 +300,8 @@ def tables(title: str, evaluated: dict[str, Any]) -> Iterator[Table]:
         made = Table(title=title, caption=caption(evaluated["settings"]), box=SIMPLE)
         made.add_column("figure", overflow="fold")
         for model in shown:
-            made.add_column(
-                model["name"].replace("update_", "update "), justify="right", no_wrap=True
-            )
+            heading = f"update {model['update']}" if model["update"] else model["name"]
+            made.add_column(heading, justify="right", no_wrap=True)
         for name in names:
             made.add_row(name, *(cell(model["figures"].get(name)) for model in shown))
         yield made
