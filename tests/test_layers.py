@@ -170,7 +170,7 @@ def test_length_leaves_the_docstring_out() -> None:
     assert isinstance(function, ast.FunctionDef) and length(function) == 3
 
 
-@pytest.mark.parametrize("folder", ["src", "tools", "tests"])
+@pytest.mark.parametrize("folder", ["src", "tools", "tests", "benchmarks"])
 def test_functions_are_short(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files

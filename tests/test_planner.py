@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def held_by_update(config: Config, rows: int) -> float:
     )
     reward = resolve("colourfulness", CPU)
     trainer = Trainer(policy, reward, PromptSet(("a cat",)), config, show_progress=False)
-    drawn = trainer.collector.collect(0)
+    drawn = replace(trainer.collector.collect(0), reward=torch.zeros(4))
+    trainer.objective.observe(drawn.condition.prompts, drawn.reward)
     (chosen, *_) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
     modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
     known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
