@@ -17,7 +17,7 @@ LONGEST = 60  # lines of a function, its docstring left out
 
 LAYERS = (
     {"types", "rng", "config"},
-    {"kernels", "critics", "configs", "progress", "pictures", "groups"},
+    {"kernels", "critics", "configs", "progress", "pictures", "groups", "surrogate"},
     {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
     | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
     {"bellman", "worlds"} | {"rewards", "models", "prompts", "report"},

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nablagfn import kernels, rng
+from nablagfn.config import ConfigError
 from nablagfn.estimators.guess import Guess
 from nablagfn.estimators.residual_db import ResidualDB
 from nablagfn.lookahead import LogReward
-from nablagfn.methods import METHODS
+from nablagfn.methods import GUESSING, METHODS
+from nablagfn.models.guess_decoder import GuessDecoder, load_guess_decoder
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.objectives.matching import MatchingObjective
 from nablagfn.rewards import analytic
@@ -53,9 +56,9 @@ def draw(
 
 
 def objective_for(
-    policy: StableDiffusionPolicy, table: kernels.KernelTable, *, flow: bool = True
+    policy: StableDiffusionPolicy, table: kernels.KernelTable, *, flow: bool = True, piece: int = 0
 ) -> MatchingObjective:
-    log_reward = LogReward(policy, analytic.colourfulness, BETA)
+    log_reward = LogReward(policy, analytic.colourfulness, BETA, piece=piece)
     if not flow:
         return MatchingObjective(policy, table, Guess(policy, log_reward, "squared"))
     network = policy.make_flow((8, 16), 1, seed=0).to(policy.dtype)
@@ -151,6 +154,141 @@ def test_without_its_reverse_loss_the_reverse_condition_costs_nothing(tmp_path: 
     assert none["model_evals"] < tiny["model_evals"]
 
 
+# -------------------------------------------------------------------------------- decoding
+
+
+def gradients_of(objective: MatchingObjective, chosen: Selection) -> list[Tensor]:
+    """The losses of every transition, and the gradients of θ and φ."""
+    losses = objective.losses(chosen.transitions({})).total()
+    learned = [*objective.policy.parameters(), *objective.modules.parameters()]
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), learned, allow_unused=True)]
+
+
+def close(ones: list[Tensor], others: list[Tensor], **bounds: float) -> None:
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, **(bounds or {"rtol": 1e-9, "atol": 1e-9}))
+
+
+@pytest.mark.parametrize("flow", [True, False])
+@pytest.mark.parametrize("how", ["slices", "checkpointing", "both"])
+def test_decoding_with_less_memory_changes_nothing_else(how: str, flow: bool) -> None:
+    found, peaks = [], []
+    for saving in (False, True):
+        slices, checkpointing = saving and how != "checkpointing", saving and how != "slices"
+        policy = make_policy(vae_checkpointing=checkpointing)
+        table, chosen = draw(policy)
+        objective = objective_for(policy, table, flow=flow, piece=2 if slices else 0)
+        found.append(gradients_of(objective, chosen))
+        log_reward = objective.estimator.log_reward
+        with LiveGraph() as graph:
+            x = chosen.paths.clean[torch.tensor([0, 1, 2, 0])].requires_grad_()
+            log_reward(x, chosen.paths.condition[torch.tensor([0, 1, 2, 0])]).sum().backward()
+        peaks.append(graph.peak)
+    close(*found)
+    assert max(float(g.abs().max()) for g in found[0]) > 1e-3
+    assert peaks[1] < {"slices": 0.55, "checkpointing": 0.8, "both": 0.45}[how] * peaks[0]
+
+
+def test_pictures_are_decoded_in_slices_where_no_gradient_is_taken() -> None:
+    policy, sliced = make_policy(), make_policy(vae_slice=2)
+    x = torch.randn(5, *policy.sample_shape, dtype=torch.float64)
+    sizes: list[int] = []
+    decode = sliced.vae.decode
+    sliced.vae.decode = lambda z, **options: (sizes.append(len(z)), decode(z, **options))[1]
+    with torch.no_grad():
+        torch.testing.assert_close(sliced.decode(x), policy.decode(x), rtol=1e-12, atol=1e-12)
+    assert sizes == [2, 2, 1]
+
+
+# -------------------------------------------------------------------------------- a small decoder
+
+
+@pytest.fixture(scope="module")
+def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a narrow AutoencoderTiny with random weights, twice the latent's size."""
+    return save_decoder(tmp_path_factory.mktemp("tiny-decoder"), channels=4)
+
+
+def save_decoder(folder: Path, channels: int) -> Path:
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_small_decoder_sees_predicted_samples_and_the_vae_finished_ones(
+    small_decoder: Path,
+) -> None:
+    """The guess row by row: mixed rows, only noisy rows, only clean rows."""
+    policy = make_policy(torch.float32, guidance_scale=1.0)
+    decoder = load_guess_decoder(str(small_decoder), policy, torch.float32)
+    table, chosen = draw(policy, torch.float32)
+    batch = chosen.transitions({})
+    exact = LogReward(policy, analytic.colourfulness, BETA)
+    log_reward = replace(exact, decoder=decoder)
+    for rows in (range(len(batch)), (0, 3), (2, 5)):
+        part = batch[torch.tensor(list(rows))]
+        k = table.at(part.step, part.x)
+        x_clean = part.x.clone().requires_grad_()
+        value = log_reward.at_next(x_clean, k, part.condition)
+        (found,) = torch.autograd.grad(value.sum(), x_clean)
+        for i, step in enumerate(part.step.tolist()):
+            decode = policy.decode if step == STEPS - 1 else by_hand(decoder)
+            x = part.x[i : i + 1].clone().requires_grad_()
+            known = BETA * analytic.colourfulness(decode(x), ["a"], [{}])[0]
+            torch.testing.assert_close(value[i], known, rtol=1e-4, atol=1e-4)
+            (slope,) = torch.autograd.grad(known, x)
+            torch.testing.assert_close(found[i : i + 1], slope, rtol=1e-3, atol=1e-3)
+    assert not any(p.requires_grad for p in decoder.vae.parameters())
+
+
+def by_hand(decoder: GuessDecoder) -> Callable[[Tensor], Tensor]:
+    """AutoencoderTiny's pictures in [0, 1] of latents scaled as the model's samples are."""
+    return lambda x: (decoder.vae.decoder(x) + 1) / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_decoder_changes_the_methods_that_guess_and_is_refused_by_others(
+    method: str, small_decoder: Path, tmp_path: Path
+) -> None:
+    metrics = []
+    for name in ("", str(small_decoder)):
+        options = {"model.guess_decoder": name, "training.num_epochs": 1, "model.reward_scale": 1e3}
+        config = method_config(method, tmp_path / str(bool(name)), **options)
+        if name and method not in GUESSING:
+            with pytest.raises(ConfigError, match="guess_decoder"):
+                KINDS[1].trainer(config)
+            return
+        trainer = KINDS[1].trainer(config)
+        trainer.fit()
+        metrics.append(trainer.folder.metrics()[0])
+    plain, small = metrics
+    assert small["reward"] == plain["reward"]  # what is reported is seen through the VAE
+    assert small["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    assert small["decode_evals"] < plain["decode_evals"]
+
+
+@pytest.mark.parametrize("wrong", ["missing", "channels", "world"])
+def test_a_small_decoder_that_does_not_fit_gives_one_line(
+    wrong: str, small_decoder: Path, tmp_path: Path
+) -> None:
+    name = str(small_decoder)
+    if wrong == "missing":
+        name = str(tmp_path / "nothing")
+    elif wrong == "channels":
+        name = str(save_decoder(tmp_path / "other", channels=5))
+    config = method_config("nabla-db", tmp_path / "run", **{"model.guess_decoder": name})
+    with pytest.raises(ConfigError) as caught:
+        KINDS[0 if wrong == "world" else 1].trainer(config)
+    assert "config.model.guess_decoder=" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 # -------------------------------------------------------------------------------- waiting
 
 
@@ -238,11 +376,14 @@ def test_coefficients_are_the_table_s(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
-    """Transitions of several steps in a pass, 1, 3 or all: the same gradients and metrics."""
+    """Transitions of several steps in a pass, 1, 3 or all; pictures decoded 1, 2 or all at a time:
+    the same gradients and metrics."""
     found = []
-    for size in (1, 3, 100):
-        options = {"training.micro_batch": size, "sampling.num_steps": 5}
-        trainer = KINDS[0].trainer(method_config(method, tmp_path / str(size), **options))
+    for size, pictures in ((1, 0), (3, 0), (100, 0), (100, 2), (3, 1)):
+        options = {"training.micro_batch": size, "training.vae_slice": pictures}
+        config = method_config(method, tmp_path / f"{size} {pictures}", **options)
+        config.sampling.num_steps = 5
+        trainer = KINDS[0].trainer(config)
         randomise(trainer.policy.parameters(), 0.1)
         randomise([p for p in trainer.objective.modules.parameters()], 0.1, seed=3)
         drawn = trainer.collector.collect(0)

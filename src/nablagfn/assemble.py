@@ -96,6 +96,8 @@ def build_policy(config: Config, device: torch.device) -> Policy:
         lora_rank=config.model.lora_rank,
         seed=config.seed,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        vae_checkpointing=config.training.vae_checkpointing,
+        vae_slice=config.training.vae_slice,
     )
 
 

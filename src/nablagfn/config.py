@@ -98,6 +98,15 @@ class Training(Group):
     gradient_checkpointing: bool = Field(
         False, description="recompute U-Net activations to save memory"
     )
+    vae_slice: int = Field(
+        0,
+        ge=0,
+        description="pictures decoded and scored at a time; 0: all of a micro-batch. Saves memory, "
+        "and changes results by rounding only",
+    )
+    vae_checkpointing: bool = Field(
+        False, description="recompute the activations of the VAE's decoder to save memory"
+    )
 
 
 class Model(Group):
@@ -126,6 +135,12 @@ class Model(Group):
     )
     reward_adaptive_mode: Attenuation = Field(
         "squared", description="γ, trust in the reward guess: squared (ᾱ), sqrt (√ᾱ) or none (1)"
+    )
+    guess_decoder: str = Field(
+        "",
+        description="a small decoder (AutoencoderTiny: hub name or folder) for the reward at "
+        "predicted clean samples, instead of the VAE; faster, and other numbers. Finished samples "
+        "are always decoded by the VAE",
     )
     flow_layers_per_block: int = Field(1, ge=1, description="layers per block of g_φ")
     flow_channel_width: tuple[PositiveInt, ...] = Field(

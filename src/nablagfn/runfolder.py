@@ -37,6 +37,9 @@ CHANGEABLE = (
     "reward.weights",
     "training.num_epochs",
     "training.micro_batch",
+    "training.gradient_checkpointing",
+    "training.vae_slice",
+    "training.vae_checkpointing",
 )
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from .. import rng
 from ..config import ConfigError
 from ..kernels import eps_from_model_output
+from ..surrogate import wants_gradient
 from ..types import Condition, Metadata
 from .flow import UNetFlow
 from .locate import locate
@@ -77,7 +78,8 @@ class StableDiffusionPolicy:
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. seed: of the LoRA's gaussian initialisation. The LoRA is float32
-    whatever the dtype of the frozen weights. name: hub name or folder, for the run's records.
+    whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
+    no gradient is taken. name: hub name or folder, for the run's records.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class StableDiffusionPolicy:
         lora_rank: int = 8,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_slice: int = 0,
         name: str = "",
     ) -> None:
         self.pipeline = pipeline
@@ -104,6 +108,9 @@ class StableDiffusionPolicy:
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()  # diffusers checkpoints in training mode only; SD has no dropout
+        if vae_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        self.vae_slice = vae_slice
         size = self.unet.config.sample_size
         self.sample_shape: tuple[int, ...] = (self.unet.config.in_channels, size, size)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.double().cpu()
@@ -124,6 +131,8 @@ class StableDiffusionPolicy:
         lora_rank: int = 8,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_slice: int = 0,
     ) -> StableDiffusionPolicy:
         """Load `model` (hub name, folder, or 'tiny-animals'). Raises ConfigError if missing.
 
@@ -139,6 +148,8 @@ class StableDiffusionPolicy:
             lora_rank=lora_rank,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
+            vae_checkpointing=vae_checkpointing,
+            vae_slice=vae_slice,
             name=model,
         )
 
@@ -243,7 +254,15 @@ class StableDiffusionPolicy:
             self.unet.enable_adapters()
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents [M, C, H, W] to images [M, 3, H', W'], nominally in [0, 1], not clamped."""
+        """Latents [M, C, H, W] to images [M, 3, H', W'], nominally in [0, 1], not clamped.
+
+        Without a gradient `vae_slice` at a time.
+        """
+        if self.vae_slice and not wants_gradient(x):
+            return torch.cat([self._decode(part) for part in x.split(self.vae_slice)])
+        return self._decode(x)
+
+    def _decode(self, x: Tensor) -> Tensor:
         latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)
         return (self.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).to(x.dtype)
 
