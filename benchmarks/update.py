@@ -42,6 +42,8 @@ VARIANTS: dict[str, Options] = {
     "no_flow": {"model.no_flow": True},
     "micro_batch=8": {"training.micro_batch": 8},
     "gradient_checkpointing": {"training.gradient_checkpointing": True},
+    "vae_slice=4": {"training.vae_slice": 4},
+    "vae_checkpointing": {"training.vae_checkpointing": True},
 }
 
 
@@ -62,7 +64,7 @@ def settings(model: str, folder: Path) -> tuple[str, Options]:
     return "aesthetic", {**QUIET, **options, **batches, **steps}
 
 
-def row(name: str, runs: list[dict[str, Any]], flops: float, rate: float) -> dict[str, Any]:
+def row(name: str, runs: list[dict[str, Any]], flops: float | None, rate: float) -> dict[str, Any]:
     """Medians over the runs' updates."""
     errors = [found["error"] for found in runs if "error" in found]
     if errors:
@@ -78,8 +80,8 @@ def row(name: str, runs: list[dict[str, Any]], flops: float, rate: float) -> dic
         "peak, GB": f"{statistics.median(found['peak'] for found in runs) / 1e9:.2f}",
         "evaluations": f"{last['model_evals']:.0f}",
         "decodes": f"{last['decode_evals']:.0f}",
-        "GFLOP": f"{flops / 1e9:.0f}",
-        "of matmul rate": f"{flops / middle / rate:.0%}",
+        "GFLOP": f"{flops / 1e9:.0f}" if flops else "",
+        "of matmul rate": f"{flops / middle / rate:.0%}" if flops else "",
     }
 
 
@@ -99,13 +101,14 @@ def compare(arguments: Any, config: str, base: Options) -> None:
             for name, (job, source) in jobs.items():
                 timed = {**job, "updates": 1 + arguments.updates, "mode": "time"}
                 runs[name].append(child(timed, source))
-        flops = {
-            name: child({**job, "updates": 1, "mode": "flops"}, source).get("flops", float("nan"))
-            for name, (job, source) in jobs.items()
-        }
+        flops = {}
+        if not arguments.against:  # counting is slow, and the other revision may do other work
+            for name, (job, source) in jobs.items():
+                found = child({**job, "updates": 1, "mode": "flops"}, source)
+                flops[name] = found.get("flops")
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     rate = matmul_rate(device(), dtype)
-    rows = [row(name, runs[name], flops[name], rate) for name in jobs]
+    rows = [row(name, runs[name], flops.get(name), rate) for name in jobs]
     result = {"machine": machine(), "matmul FLOP/s": rate, "flops": flops, "runs": runs}
     if arguments.against:
         result["ratios"] = ratios(arguments.only, f" @ {arguments.against}", runs)

@@ -46,9 +46,10 @@ NOTHING = Cost(0, 0, 0, 0)
 @dataclass(frozen=True)
 class Alive:
     """U-Net graphs of one row that are alive at once: while a reward is differentiated through
-    them, and when none is. kept: the first are not freed on the way back, the loss needs them."""
+    them, and when none is. with_reward: None where no reward is differentiated. kept: the first are
+    not freed on the way back, the loss needs them."""
 
-    with_reward: int
+    with_reward: int | None
     alone: int
     kept: bool = False
 
@@ -59,15 +60,15 @@ def _draft(config: Config) -> Alive:
 
 ALIVE: dict[str, Callable[[Config], Alive]] = {
     "nabla-db": lambda config: Alive(1, 1, kept=not config.model.no_flow),
-    "nabla-db-lambda": lambda config: Alive(1, 2),
+    "nabla-db-lambda": lambda config: Alive(3, 2),  # θ's, the frozen model's and the guess's
     "adjoint-matching": lambda config: Alive(0, 1),
     "terminal-gradient": lambda config: Alive(0, 1),
     "refl": lambda config: Alive(1, 0),
     "draft-k": _draft,
     "draft-lv": lambda config: Alive(1, 0),
     "alignprop": lambda config: Alive(config.sampling.num_steps, 0),  # at most
-    "ddpo": lambda config: Alive(0, 1),
-    "dag-db": lambda config: Alive(0, 1),
+    "ddpo": lambda config: Alive(None, 1),
+    "dag-db": lambda config: Alive(None, 1),
 }
 
 
@@ -150,6 +151,7 @@ def measure(config: Config, device: torch.device) -> Parts:
             pipeline,
             guidance_scale=config.sampling.guidance_scale,
             lora_rank=config.model.lora_rank,
+            vae_checkpointing=config.training.vae_checkpointing,
         )
         model = config.model
         flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
@@ -314,34 +316,49 @@ class Setting:
 
     micro_batch: int
     gradient_checkpointing: bool
+    vae_slice: int
     sampling_batch: int
 
 
 def moments(config: Config, parts: Parts, work: Work, setting: Setting) -> dict[str, float]:
     """Bytes beside the fixed ones at each moment of an epoch."""
     s, t, p = config.sampling, config.training, parts
-    eps = p.eps_checkpointed if setting.gradient_checkpointing else p.eps
-    alive = ALIVE[config.experiment.method](config)
     paths = s.batch_size * s.num_batches_per_epoch
     path = (2 * s.num_steps + 1) * p.sample  # x and ε_θ† of every step
     used = t.batch_size * t.gradient_accumulation_steps
     held = paths * path + used * (path + 3 * work.transitions * p.sample)
-    graphs, flow = alive.with_reward * eps.held, p.flow if _learns_flow(config) else NOTHING
-    if alive.kept:
-        passing = max(eps.passing, p.decode.passing, p.reward.passing)
-        rewarded = flow.held + graphs + p.decode.held + p.reward.held + passing
-    else:
-        way_back = (p.decode.held + p.reward.peak, p.decode.peak, eps.passing)
-        rewarded = graphs + max(way_back)
-    alone = alive.alone * eps.held + 2 * flow.held + max(eps.passing, flow.passing)
-    rows, batch = setting.micro_batch, setting.sampling_batch
-    return {
+    batch = setting.sampling_batch
+    piece = min(batch, setting.vae_slice or batch)
+    decoding = batch * p.decode_free.held + piece * p.decode_free.passing
+    scoring = batch * (p.decode_free.held + p.reward_free.peak)
+    found = {
         "drawing": 2 * paths * path + SLACK * batch * (p.eps_free.peak + path),
-        "rewards of the epoch": paths * path
-        + SLACK * batch * (p.decode_free.held + max(p.decode_free.passing, p.reward_free.peak)),
-        "update, reward's gradient": held + SLACK * rows * rewarded,
-        "update, the rest": held + SLACK * rows * alone,
+        "rewards of the epoch": paths * path + SLACK * max(decoding, scoring),
     }
+    for name, value in _update(config, parts, setting).items():
+        found[f"update, {name}"] = held + SLACK * value
+    return found
+
+
+def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
+    """Bytes of graphs and of what passes, of one micro-batch."""
+    p, rows = parts, setting.micro_batch
+    eps = p.eps_checkpointed if setting.gradient_checkpointing else p.eps
+    flow = p.flow if _learns_flow(config) else NOTHING
+    alive = ALIVE[config.experiment.method](config)
+    alone = alive.alone * eps.held + 2 * flow.held + max(eps.passing, flow.passing)
+    found = {"the rest": rows * alone}
+    if alive.with_reward is None:
+        return found
+    piece = min(rows, setting.vae_slice or rows)
+    kept = rows * (alive.with_reward * eps.held + 2 * flow.held * alive.kept)
+    if alive.kept and piece == rows:
+        passing = max(eps.passing, p.decode.passing, p.reward.passing)
+        kept += rows * (p.decode.held + p.reward.held + passing)
+    else:  # decoder and reward are gone before the way back through the U-Net
+        decoded = piece * max(p.decode.held + p.reward.peak, p.decode.peak)
+        kept += max(decoded, rows * eps.passing)
+    return {"reward's gradient": kept, **found}
 
 
 @dataclass(frozen=True)
@@ -369,6 +386,7 @@ class Plan:
         wanted = {
             "training.micro_batch": chosen.micro_batch,
             "training.gradient_checkpointing": chosen.gradient_checkpointing,
+            "training.vae_slice": chosen.vae_slice,
             "sampling.batch_size": chosen.sampling_batch,
             "sampling.num_batches_per_epoch": drawn // chosen.sampling_batch,
         }
@@ -393,31 +411,43 @@ def parse_memory(text: str) -> float:
 
 
 def plan(config: Config, memory: float, device: torch.device) -> Plan:
-    """The settings for `memory` bytes at the effective batch of `config`.
-
-    Of the settings that fit, the first with enough rows per forward pass; checkpointing, which
-    costs time, comes second. Raises ConfigError like `measure`.
-    """
-    work, parts = work_of(config), measure(config, device)
+    """The settings for `memory` bytes of a device like this one. Raises ConfigError like
+    `measure`."""
     usable = memory - (CONTEXT if device.type == "cuda" else 0.0)
-    found = [
-        _largest(config, parts, work, usable, checkpointing) for checkpointing in (False, True)
-    ]
+    return choose(config, measure(config, device), work_of(config), usable)
+
+
+def choose(config: Config, parts: Parts, work: Work, usable: float) -> Plan:
+    """The settings for `usable` bytes at the effective batch of `config`.
+
+    Of three ways to save, in the order of the work that they add, the first that leaves room for
+    enough rows per forward pass: none, decoding one picture at a time, and checkpointing too.
+    """
+    plain = setting_of(config)
+    slices = replace(plain, vae_slice=1)
+    ways = (plain, slices, replace(slices, gradient_checkpointing=True))
+    found = [_largest(config, parts, work, usable, way) for way in ways]
     enough = min(ENOUGH, _rows(config, work))
     good = [p for p in found if p.setting and p.setting.micro_batch >= enough]
     return good[0] if good else max(found, key=lambda p: p.setting.micro_batch if p.setting else 0)
 
 
+def setting_of(config: Config) -> Setting:
+    """As `config` has it."""
+    t = config.training
+    rows = t.micro_batch or t.batch_size
+    return Setting(rows, t.gradient_checkpointing, t.vae_slice, config.sampling.batch_size)
+
+
 def predict(config: Config, device: torch.device) -> Plan:
     """The run as `config` has it. Raises ConfigError like `measure`."""
-    t = config.training
-    setting = Setting(
-        t.micro_batch or t.batch_size, t.gradient_checkpointing, config.sampling.batch_size
-    )
-    work, parts = work_of(config), measure(config, device)
+    return _planned(config, measure(config, device), work_of(config), math.inf, setting_of(config))
+
+
+def _planned(config: Config, parts: Parts, work: Work, usable: float, setting: Setting) -> Plan:
     found = moments(config, parts, work, setting)
-    arithmetic = _arithmetic(config, parts, work, t.gradient_checkpointing)
-    return Plan(setting, math.inf, parts.fixed, found, *arithmetic)
+    arithmetic = _arithmetic(config, parts, work, setting.gradient_checkpointing)
+    return Plan(setting, usable, parts.fixed, found, *arithmetic)
 
 
 def _rows(config: Config, work: Work) -> int:
@@ -426,18 +456,15 @@ def _rows(config: Config, work: Work) -> int:
     return round(t.batch_size * t.gradient_accumulation_steps * work.transitions)
 
 
-def _largest(config: Config, parts: Parts, work: Work, usable: float, checkpointing: bool) -> Plan:
-    """The largest micro-batch and sampling batch that fit."""
+def _largest(config: Config, parts: Parts, work: Work, usable: float, way: Setting) -> Plan:
+    """The largest micro-batch and sampling batch that fit, saving as `way` does."""
     s, rows = config.sampling, _rows(config, work)
     splits = sorted({math.ceil(rows / n) for n in range(1, rows + 1)}, reverse=True)
     batches = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
 
     def tried(micro: int, batch: int) -> Plan:
-        setting = Setting(micro, checkpointing, batch)
-        found = moments(config, parts, work, setting)
-        return Plan(
-            setting, usable, parts.fixed, found, *_arithmetic(config, parts, work, checkpointing)
-        )
+        setting = replace(way, micro_batch=micro, sampling_batch=batch)
+        return _planned(config, parts, work, usable, setting)
 
     batch = next((n for n in batches if tried(1, n).peak <= usable), 1)
     micro = next((n for n in splits if tried(n, batch).peak <= usable), 0)
