@@ -414,13 +414,14 @@ def test_text_alignment_is_measured_where_it_can_be(tmp_path: Path) -> None:
 
 def test_the_tables_fit_a_screen_and_leave_nothing_out(whole: RunFolder) -> None:
     evaluated = found(whole)
-    evaluated["models"] += [{**evaluated["models"][2], "name": f"update_{i}"} for i in range(6, 9)]
+    evaluated["models"] += [{**evaluated["models"][2], "update": i} for i in range(6, 9)]
     console = Console(width=80)
     with console.capture() as shown:
         console.print(*tables("run", evaluated))
     text = shown.get()
     for model in evaluated["models"]:
-        assert text.count(model["name"]) == 1
+        heading = f"update {model['update']}" if model["update"] else "base"
+        assert text.count(f" {heading} ") == 1
         for name, figure in model["figures"].items():
             assert name in text and f"{figure['value']:.3g}" in text
             known = figure["low"] is not None  # pairs of two samples have no spread

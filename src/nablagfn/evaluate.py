@@ -36,7 +36,7 @@ IMAGES_PER_PROMPT = 16
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
 BASE = "base"
-COLUMNS = 5  # models in a table
+COLUMNS = 4  # models in a table
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,8 @@ def tables(title: str, evaluated: dict[str, Any]) -> Iterator[Table]:
         made = Table(title=title, caption=caption(evaluated["settings"]), box=SIMPLE)
         made.add_column("figure", overflow="fold")
         for model in shown:
-            made.add_column(model["name"], justify="right", overflow="fold")
+            heading = f"update {model['update']}" if model["update"] else model["name"]
+            made.add_column(heading, justify="right", no_wrap=True)
         for name in names:
             made.add_row(name, *(cell(model["figures"].get(name)) for model in shown))
         yield made
