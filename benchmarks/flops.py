@@ -4,7 +4,7 @@
 
 The published code's work per transition is three guided U-Net forward passes, five U-Net backward
 passes and two VAE decodes with gradient; ours is counted by running an update in a world
-(`planner.work_of`). Both draw their paths alike.
+(`planner/work.py`). Both draw their paths alike.
 """
 
 from __future__ import annotations

@@ -130,22 +130,47 @@ def test_work_is_what_the_methods_page_says() -> None:
 
 
 def test_less_memory_means_smaller_parts_of_the_same_update(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, parts: Parts
 ) -> None:
     """Down to nothing that fits; what is chosen fits, and keeps the number of paths drawn."""
     config = config_of(tiny_folder, tmp_path, "nabla-db", **{"sampling.batch_size": 8})
-    much = planner.plan(config, 1e12, CPU)
+    work = planner.work_of(config)
+    much = planner.choose(config, parts, work, 1e12)
     assert much.setting == Setting(12, False, 0, 8)
     assert much.options(config) == {"training.micro_batch": 12}
     least = sum(much.fixed.values())
-    middle = planner.plan(config, least + (much.peak - least) / 4, CPU)
+    middle = planner.choose(config, parts, work, least + (much.peak - least) / 4)
     assert middle.setting is not None and middle.peak <= middle.usable
     assert middle.setting.micro_batch < 12 and 8 % middle.setting.sampling_batch == 0
     drawn = {"sampling.batch_size": 8, "sampling.num_batches_per_epoch": 2}
     drawn |= middle.options(config)
     assert drawn["sampling.batch_size"] * drawn["sampling.num_batches_per_epoch"] == 16
-    none = planner.plan(config, least, CPU)
+    none = planner.choose(config, parts, work, least)
     assert none.setting is None and none.options(config) == {}
+
+
+def test_checkpointing_comes_after_slices_and_only_for_enough_rows(
+    tiny_folder: Path, tmp_path: Path, parts: Parts
+) -> None:
+    """At each amount of memory, what adds no work is tried first."""
+    config = config_of(tiny_folder, tmp_path, "nabla-db")
+    work = planner.work_of(config)
+    fixed = sum(parts.fixed.values())
+    plain = planner.setting_of(config)
+    ways = [
+        replace(plain, micro_batch=4),
+        replace(plain, micro_batch=4, vae_slice=1),
+        replace(plain, micro_batch=4, vae_slice=1, gradient_checkpointing=True),
+    ]
+    need = [fixed + max(planner.moments(config, parts, work, way).values()) for way in ways]
+    assert need[0] > need[1] > need[2]
+    for way, memory in zip(ways, need, strict=True):
+        chosen = planner.choose(config, parts, work, 1.0001 * memory).setting
+        assert chosen is not None and chosen.micro_batch >= 4
+        assert (chosen.vae_slice, chosen.gradient_checkpointing) == (
+            way.vae_slice,
+            way.gradient_checkpointing,
+        )
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("8 GiB", 2.0**33), ("0.5", 5e8)])
