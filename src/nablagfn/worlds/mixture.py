@@ -55,31 +55,21 @@ class Mixture:
         )
         return (self.weights.log() - normal / 2).logsumexp(1)
 
-    def shares(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """s_k(x), the posterior probability of each component given the noised x, [M, K], sum 1.
-
-        The hot loop of every world: the squares are multiplied out, so that no [M, K, d] appears.
-        x: [M, d]. alpha_bar: [M, 1], above 0 and below 1.
-        """
-        if len(self) == 1:
-            return torch.ones_like(x[:, :1])
-        variance = alpha_bar * self.variances + (1 - alpha_bar)
-        across = (alpha_bar.sqrt() * x / variance) @ self.means.T
-        own = (alpha_bar / variance) @ self.means.square().T
-        return (self.weights.log() + across - own / 2).softmax(1)
-
-    def eps(self, x: Tensor, alpha_bar: Tensor, shares: Tensor | None = None) -> Tensor:
+    def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
         """ε = −√(1−ᾱ)·∇ log p = √(1−ᾱ)·(x − √ᾱ·Σ_k s_k(x) μ_k)/v_ᾱ, [M, d].
 
-        v_ᾱ = ᾱ·v + 1 − ᾱ. shares: s_k(x) if they are at hand. Else as `shares`.
+        s_k(x) is the posterior probability of component k and v_ᾱ = ᾱ·v + 1 − ᾱ. The hot loop of
+        every world: the squares are multiplied out, so that no [M, K, d] appears.
+        x: [M, d]. alpha_bar: [M, 1], above 0 and below 1.
         """
-        shares = self.shares(x, alpha_bar) if shares is None else shares
         signal, noise = alpha_bar.sqrt(), 1 - alpha_bar
-        return (
-            noise.sqrt()
-            * (x - signal * (shares @ self.means))
-            / (alpha_bar * self.variances + noise)
-        )
+        variance = alpha_bar * self.variances + noise
+        if len(self) == 1:
+            return noise.sqrt() * (x - signal * self.means) / variance
+        across = (signal * x / variance) @ self.means.T
+        own = (alpha_bar / variance) @ self.means.square().T
+        share = (self.weights.log() + across - own / 2).softmax(1)
+        return noise.sqrt() * (x - signal * (share @ self.means)) / variance
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean [d] and covariance [d, d]; of the noised mixture: `noised(ᾱ).moments()`."""

@@ -39,31 +39,21 @@ class PlaneFlow(nn.Module):
     """A field on noisy samples, (x, timestep, condition) -> [M, d]; exactly zero at start.
 
     An MLP with 3 hidden SiLU layers, and a linear map beside it. They see x, Fourier features of
-    the noise angle arccos √ᾱ, the posterior s_k(x) of K > 1 modes, for P > 1 prompts the one-hot
-    prompt of `Condition.embeds`, and a hint of `hint` numbers. It serves as g_φ, and as the
-    adapter, whose hint is x̂_#(x).
+    the noise angle arccos √ᾱ, for P > 1 prompts the one-hot prompt of `Condition.embeds`, and a
+    hint of `hint` numbers. It serves as g_φ, and as the adapter, whose hint is x̂_#(x).
     """
 
     features: Tensor
-    levels: Tensor
-    means: Tensor
-    weights: Tensor
-    variances: Tensor
 
-    def __init__(self, world: World, alphas_cumprod: Tensor, seed: int, *, hint: int = 0) -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor, dim: int, prompts: int, seed: int, *, hint: int = 0
+    ) -> None:
         super().__init__()
-        dim, prompts, modes = world.dim, len(world.prompts), len(world.mixture)
-        for name in ("means", "weights", "variances"):
-            value = getattr(world.mixture, name).float()
-            self.register_buffer(name, value, persistent=False)
-        self.register_buffer("levels", alphas_cumprod[:, None].float(), persistent=False)
         angle = alphas_cumprod.sqrt().arccos()[:, None] * 2.0 ** torch.arange(OCTAVES)
         features = torch.cat([angle.sin(), angle.cos()], 1).float()
         self.register_buffer("features", features, persistent=False)
         self.conditional = prompts > 1
-        self.multimodal = modes > 1
-        width = dim + 2 * OCTAVES + hint
-        width += (prompts if self.conditional else 0) + (modes if self.multimodal else 0)
+        width = dim + 2 * OCTAVES + (prompts if self.conditional else 0) + hint
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers: list[nn.Module] = []
@@ -76,23 +66,10 @@ class PlaneFlow(nn.Module):
         self.net = nn.Sequential(*layers, last)
 
     def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        condition: Condition,
-        hint: Tensor | None = None,
-        shares: Tensor | None = None,
+        self, x: Tensor, timestep: Tensor, condition: Condition, hint: Tensor | None = None
     ) -> Tensor:
-        """x [M, d], timestep [M] in 0..999, hint [M, hint] -> [M, d] in the dtype of x.
-
-        shares: s_k(x) [M, K] if they are at hand.
-        """
+        """x [M, d], timestep [M] in 0..999, hint [M, hint] -> [M, d] in the dtype of x."""
         inputs = [x.to(self.features.dtype), self.features[timestep]]
-        if self.multimodal:
-            if shares is None:
-                mixture = Mixture(self.means, self.weights, self.variances)
-                shares = mixture.shares(inputs[0], self.levels[timestep])
-            inputs.append(shares.to(self.features.dtype))
         if self.conditional:
             if condition.embeds is None:
                 raise ValueError("a world with several prompts needs Condition.embeds [M, P]")
@@ -104,9 +81,8 @@ class PlaneFlow(nn.Module):
 
 
 class WorldPolicy:
-    """ε_θ = ε_# − √(1−ᾱ)·adapter(x, s, x̂_#): the adapter is what is added to the score, a value
-    gradient. As a LoRA works on the features of the pretrained network, it sees those that ε_# is
-    made from: the posterior s_k(x) of the modes, and x̂_#(x).
+    """ε_θ = ε_# − √(1−ᾱ)·adapter(x, x̂_#): the adapter is what is added to the score, a value
+    gradient. As a LoRA works on the features of the pretrained network, it sees x̂_#(x).
 
     seed: of the adapter's weights, all but the last layer, which is zero.
     """
@@ -121,7 +97,8 @@ class WorldPolicy:
         self.to(device)
 
     def _field(self, seed: int, hint: int = 0) -> PlaneFlow:
-        return PlaneFlow(self.world, self.alphas_cumprod, seed, hint=hint)
+        prompts = len(self.world.prompts)
+        return PlaneFlow(self.alphas_cumprod, self.world.dim, prompts, seed, hint=hint)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> WorldPolicy:
         """Move everything there, and the adapter to `dtype` if given; returns itself."""
@@ -173,11 +150,10 @@ class WorldPolicy:
         x = x if x.dtype == torch.float64 else x.float()
         mixture, levels = self._constants(x.dtype)
         alpha_bar = levels[timestep]
-        shares = mixture.shares(x, alpha_bar)
-        eps = mixture.eps(x, alpha_bar, shares)
+        eps = mixture.eps(x, alpha_bar)
         if self.adapter_on:
             x_clean = predict_clean(x, eps, alpha_bar)
-            change = self.adapter(x, timestep, condition, x_clean, shares)
+            change = self.adapter(x, timestep, condition, x_clean)
             eps = eps - (1 - alpha_bar).sqrt() * change
         return eps
 
