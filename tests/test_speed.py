@@ -395,7 +395,7 @@ def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
         )
         trainer._observe(drawn)
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
-        metrics = trainer.update(chosen)
+        metrics = trainer.updater.update(chosen).metrics
         own = trainer.objective.modules.parameters()
         learned = [*trainer.policy.parameters(), *(p for p in own if p.requires_grad)]
         found.append((metrics, [p.grad for p in learned]))
