@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,14 +99,17 @@ def meaning(key: str) -> str:
 
 
 def number(value: float | None, key: str = "") -> str:
-    """Three or four significant digits; shares in per cent."""
+    """Three or four digits that count; shares in per cent."""
     if value is None:
         return "–"
     if key in PERCENT:
         return f"{value:.1%}"
-    if value == 0:
-        return "0"
-    return f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.3g}"
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    size = abs(value)
+    if size < 0.01 or size >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 100 else f"{value:,.0f}"
 
 
 def interval(figure: Figure, key: str = "") -> str:
