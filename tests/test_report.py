@@ -100,7 +100,9 @@ def test_what_users_wrote_is_text(made: Path, page: Page) -> None:
 
 
 def test_headlines_are_the_evaluated_figures_of_the_guard_s_best(made: Path) -> None:
-    reward, diversity, recognised, held_out, path_kl = figures.cards(read(RunFolder(made)))
+    found = figures.cards(read(RunFolder(made)))
+    reward, diversity, recognised, path_kl, held_out, kid = found
+    assert [card.headline for card in found] == 5 * [True] + [False] and kid.after == "0.500"
     assert (reward.before, reward.after, reward.change) == ("0", "2.000", "+1.00 σ")
     assert reward.interval == "1.500 to 2.500"
     assert (diversity.before, diversity.after) == ("0.800", "0.760")

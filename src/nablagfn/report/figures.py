@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .read import Figure, Model, Record
 
 PERCENT = {"recognised"}
+HEADLINES = ("reward", "diversity", "recognised", "path_kl")  # the order of a report
 NO_PRIOR = ("refl", "draft-k", "draft-lv", "alignprop", "ddpo")  # docs/methods.md
 MEANINGS = {
     "reward": ("reward", "mean reward of the pictures, as it was trained"),
@@ -36,6 +37,7 @@ class Card:
     after: str
     change: str
     interval: str = ""
+    headline: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,18 @@ def meaning(key: str) -> str:
     if key.startswith("reward_"):
         return "a reward that was not trained"
     return MEANINGS.get(key, ("", ""))[1]
+
+
+def is_headline(key: str) -> bool:
+    """Reward, held-out rewards, diversity, recognised, path KL."""
+    return key in HEADLINES or key.startswith("reward_")
+
+
+def place(key: str) -> int:
+    """Headlines first, held-out rewards after them, then the rest as measured."""
+    if key in HEADLINES:
+        return HEADLINES.index(key)
+    return len(HEADLINES) + (not is_headline(key))
 
 
 def number(value: float | None, key: str = "") -> str:
@@ -199,8 +213,9 @@ def _evaluated_cards(record: Record) -> list[Card]:
             after=number(figure.value, key),
             change=reached.change(key),
             interval=interval(figure, key),
+            headline=is_headline(key),
         )
-        for key, figure in final.figures.items()
+        for key, figure in sorted(final.figures.items(), key=lambda item: place(item[0]))
     ]
 
 
