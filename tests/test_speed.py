@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +23,13 @@ from nablagfn.lookahead import LogReward
 from nablagfn.methods import GUESSING, METHODS
 from nablagfn.models.guess_decoder import GuessDecoder, load_guess_decoder
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.models.tune import tune
 from nablagfn.objectives.matching import MatchingObjective
+from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
 from nablagfn.rollout import replay, rollout
-from nablagfn.types import Policy, Selection
+from nablagfn.trainer import Trainer
+from nablagfn.types import Metadata, Policy, Selection
 from tests.live_graph import LiveGraph
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
@@ -405,3 +410,140 @@ def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
         assert other == pytest.approx(metrics, rel=1e-6, abs=1e-9)  # metrics travel in float32
         for one, two in zip(gradients, theirs, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12 * float(one.abs().max()))
+
+
+# -------------------------------------------------------------------------------- switches
+
+
+def trained(out: Path, **options: object) -> tuple[Trainer, dict[str, Tensor]]:
+    """Two updates of nabla-db on the random pipeline, set up as `assemble` does."""
+    config = method_config("nabla-db", out, **{"model.reward_scale": 1e3, **options})
+    config.sampling.guidance_scale = 3.0
+    policy = StableDiffusionPolicy(make_pipeline(), lora_rank=2, guidance_scale=3.0)
+    prompts = PromptSet(("a cat", "a duck", "ants"))
+    reward = analytic.colourfulness
+    trainer = Trainer(tune(policy, config.speed), reward, prompts, config, show_progress=False)
+    trainer.fit()
+    own = trainer.objective.modules.state_dict()
+    return trainer, {**trainer.policy.state_dict(), **own}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return trained(tmp_path_factory.mktemp("plain"))[1]
+
+
+def same_weights(found: dict[str, Tensor], known: dict[str, Tensor]) -> None:
+    """Two updates of at most 0.1 each; the bound is float32 rounding through them."""
+    moved = max(float(value.abs().max()) for name, value in known.items() if "lora_B" in name)
+    assert moved > 1e-3
+    for name, value in known.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * moved)
+
+
+@pytest.mark.parametrize("switch", ["channels_last", "fused_optimizer", "offload_text_encoder"])
+def test_a_switch_changes_speed_and_not_the_run(
+    switch: str, plain: dict[str, Tensor], tmp_path: Path
+) -> None:
+    trainer, found = trained(tmp_path, **{f"speed.{switch}": True})
+    same_weights(found, plain)
+    if switch == "channels_last":
+        weight = trainer.policy.unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    elif switch == "fused_optimizer":
+        assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    else:
+        assert trainer.policy._encoder_hook is not None
+
+
+def test_compiled_parts_give_the_same_run(
+    plain: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph capture and its backward passes, without the code generator (which takes minutes)."""
+    monkeypatch.setattr("nablagfn.models.tune.BACKEND", "aot_eager")
+    lines: list[str] = []
+    monkeypatch.setattr("nablagfn.progress.Bar.line", lambda bar, text: lines.append(text))
+    torch._dynamo.reset()
+    _, found = trained(tmp_path, **{"speed.compile": True})
+    same_weights(found, plain)
+    (line,) = (text for text in lines if "torch.compile" in text)
+    assert re.match(r"torch.compile: [1-9]\d* graphs, 0 graph breaks", line), line
+
+
+def test_the_text_encoder_leaves_after_every_new_prompt() -> None:
+    policy = make_policy(torch.float32)
+    known = policy.condition(PROMPTS).embeds
+    policy = make_policy(torch.float32)
+    policy.offload_text_encoder()
+    calls = []
+    policy._encoder_hook.offload = lambda: calls.append(1)
+    assert torch.equal(policy.condition(PROMPTS).embeds, known)
+    policy.condition(PROMPTS)
+    assert calls == [1]
+    policy.condition(["a new one"])
+    assert calls == [1, 1]
+
+
+def test_the_8_bit_optimizer_trains_and_continues(tmp_path: Path) -> None:
+    """As AdamW, up to what 8 bits of the moments leave; the same after a restart."""
+    pytest.importorskip("bitsandbytes")
+    wide = {
+        "model.lora_rank": 300,
+        "training.optimizer": "adamw8bit",
+    }  # small matrices stay float32
+    runs = []
+    for name, epochs in (("whole", (2,)), ("parts", (1, 2))):
+        for count in epochs:
+            trainer, found = trained(tmp_path / name, **wide, **{"training.num_epochs": count})
+        runs.append(found)
+    assert trainer.optimizer.__class__.__name__ == "AdamW8bit"
+    moments = {
+        value.dtype
+        for s in trainer.optimizer.state.values()
+        for value in s.values()
+        if isinstance(value, Tensor) and value.ndim > 1
+    }
+    assert torch.uint8 in moments
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_a_missing_optimizer_package_gives_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"pip install 'nablagfn\[adamw8bit\]'"):
+        trained(tmp_path / "run", **{"training.optimizer": "adamw8bit"})
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------- precision
+
+
+def test_a_bf16_model_has_float32_islands() -> None:
+    """Algebra, scores, reward and its gradient in float32; the stated distance to float32."""
+    table, chosen = draw(make_policy(torch.float32), torch.float32)
+    batch = chosen.transitions({})
+    seen: list[torch.dtype] = []
+
+    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        seen.append(images.dtype)
+        images.register_hook(lambda gradient: seen.append(gradient.dtype))
+        return analytic.colourfulness(images, prompts, metadata)
+
+    found = []
+    lora = make_policy(torch.float32).state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = make_policy(dtype)
+        policy.load_state_dict(lora)
+        batch = replace(batch, condition=policy.condition(batch.condition.prompts))
+        estimator = Guess(policy, LogReward(policy, reward, BETA), "squared")
+        objective = MatchingObjective(policy, table, estimator)
+        here, terms = objective.evaluate(batch), objective.losses(batch).terms
+        values = [here.eps, here.eps_ref, here.ahead["guess"], here.k.c2, *terms.values()]
+        assert {value.dtype for value in values} == {torch.float32}
+        found.append((here.eps.detach(), here.ahead["guess"]))
+    assert set(seen) == {torch.float32}
+    for bound, one, other in zip((0.03, 0.05), *found, strict=True):
+        distance = float((one - other).norm() / one.norm())
+        assert 1e-4 < distance < bound

@@ -33,6 +33,7 @@ METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
     "guard.",
     "logging.",
+    "speed.",
     "saving.",
     "reward.weights",
     "training.num_epochs",

@@ -63,7 +63,8 @@ class Updater:
             policy.parameters(),
             [p for p in objective.modules.parameters() if p.requires_grad],
         ]
-        self.optimizer = build_optimizer(config.training, *self.groups)
+        fused = config.speed.fused_optimizer
+        self.optimizer = build_optimizer(config.training, *self.groups, fused=fused)
         self.scaler = distributed.gradient_scaler(config, accelerator.device)
 
     def update(self, chosen: Selection) -> Updated:

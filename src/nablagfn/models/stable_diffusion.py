@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload_with_hook
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
@@ -118,6 +118,7 @@ class StableDiffusionPolicy:
         self.prediction_type: str = pipeline.scheduler.config.prediction_type
         self._embeds: dict[str, Tensor] = {}  # on the CPU: a prompt set can have thousands
         self._empty: Tensor | None = None
+        self._encoder_hook: Any = None
 
     @classmethod
     def from_pretrained(
@@ -217,8 +218,15 @@ class StableDiffusionPolicy:
             )
             with torch.no_grad():
                 embeds = self.pipeline.text_encoder(tokens.input_ids.to(self.device))[0]
+            if self._encoder_hook is not None:
+                self._encoder_hook.offload()
             self._embeds.update(zip(missing, embeds.cpu(), strict=True))
         return torch.stack([self._embeds[p] for p in prompts]).to(self.device)
+
+    def offload_text_encoder(self) -> None:
+        """Keep the text encoder in the computer's memory but while it encodes a new prompt."""
+        encoder, hook = cpu_offload_with_hook(self.pipeline.text_encoder, self.device)
+        self.pipeline.text_encoder, self._encoder_hook = encoder, hook
 
     def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Guided ε (Ho & Salimans 2022): ε_∅ + w(ε_c − ε_∅), in x's dtype, [M, C, H, W]."""
