@@ -168,7 +168,9 @@ PER_PROMPT = ("diversity", "diversity_variance", "vendi", "fid", "drift")
 def _thinned(function: Callable[..., Tensor], m: Measured, b: Measured, c: Tensor | None) -> Tensor:
     """A figure of all pairs, from every k-th sample where there are too many."""
     rows = torch.arange(0, len(m.prompts), math.ceil(len(m.prompts) / MOST_PAIRS))
-    return function(m.features[rows], b.features[rows], None if c is None else c[:, rows])
+    prompts = [m.prompts[i] for i in rows.tolist()]
+    few = None if c is None else c[:, rows]
+    return function(m.features[rows], b.features[rows], prompts, few)
 
 
 def figures(
