@@ -40,7 +40,7 @@ def figures(model: str) -> dict[str, Any]:
         "recognised": {"value": (0.9, 0.9, 0.7)[i], "low": None, "high": None},
         "reward_held-out": {"value": -0.1 * i, "low": None, "high": None},
     }
-    return found if i == 0 else {**found, "path_kl": {"value": 7.0 * i}}
+    return found if i == 0 else {"kid": {"value": 0.5}, **found, "path_kl": {"value": 7.0 * i}}
 
 
 def make(path: Path, **options: object) -> RunFolder:

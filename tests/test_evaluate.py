@@ -252,7 +252,7 @@ def test_two_processes_equal_one(run: RunFolder, whole: RunFolder) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert close(found(run), found(whole))
-    assert done.stdout.count(" update 4 ") == 1  # one table
+    assert done.stdout.count("update 4") == 1  # one table
 
 
 def sets(seed: int = 0) -> tuple[Measured, Measured, list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from nablagfn.diff import differing_versions, outcomes
 from nablagfn.report import build, compare, figures, tables
 from nablagfn.report.pictures import HEIGHT, WIDTH, encode
 from nablagfn.report.read import read
-from nablagfn.report.render import comparison_page, run_page, script, script_hash
+from nablagfn.report.render import comparison_page, frames, run_page, script, script_hash
 from nablagfn.runfolder import RunFolder
 from tests.made_run import HOSTILE, colour, make
 
@@ -93,7 +92,7 @@ def test_every_section_is_there_and_nothing_comes_from_elsewhere(page: Page) -> 
 
 
 def test_what_users_wrote_is_text(made: Path, page: Page) -> None:
-    html = (made / "report.html").read_text(encoding="utf-8")
+    html = RunFolder(made).report.read_text(encoding="utf-8")
     assert HOSTILE not in html
     assert page.text.count(HOSTILE) >= 4  # a sample, a row of the table, the guard, an alt text
     assert page.scripts == [script()]
@@ -101,7 +100,9 @@ def test_what_users_wrote_is_text(made: Path, page: Page) -> None:
 
 
 def test_headlines_are_the_evaluated_figures_of_the_guard_s_best(made: Path) -> None:
-    reward, diversity, recognised, held_out, path_kl = figures.cards(read(RunFolder(made)))
+    found = figures.cards(read(RunFolder(made)))
+    reward, diversity, recognised, path_kl, held_out, kid = found
+    assert [card.headline for card in found] == 5 * [True] + [False] and kid.after == "0.500"
     assert (reward.before, reward.after, reward.change) == ("0", "2.000", "+1.00 σ")
     assert reward.interval == "1.500 to 2.500"
     assert (diversity.before, diversity.after) == ("0.800", "0.760")
@@ -151,6 +152,18 @@ def test_best_and_worst_samples_are_cut_out_beside_their_base_picture(made: Path
     for shown, place in ((best, 7), (worst, 0)):
         assert pixel(shown.picture.url) == colour("update_000002", place)
         assert shown.before and pixel(shown.before.url) == colour("base", place)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        *((None, "–"), (0.0, "0"), (-0.0, "0"), (-1.2345, "-1.234"), (12.34, "12.3")),
+        *((7991.2, "7,991"), (2e7, "2e+07"), (0.001, "0.001"), (float("inf"), "inf")),
+    ],
+)
+def test_numbers_have_the_digits_that_count(value: float | None, words: str) -> None:
+    assert figures.number(value) == words
+    assert figures.number(0.1234, "recognised") == "12.3%"
 
 
 def test_big_pictures_are_made_small(tmp_path: Path) -> None:
@@ -240,7 +253,7 @@ def test_a_damaged_file_is_one_line_and_nothing_is_written(
     several: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    old = copy.report.read_bytes()
+    copy.report.write_text("old", encoding="utf-8")
     DAMAGES[damage](copy)
     out = copy.path.parent / "both.html"
     command = ["report", str(copy.path)]
@@ -252,7 +265,7 @@ def test_a_damaged_file_is_one_line_and_nothing_is_written(
     assert caught.value.code == 2
     assert told.startswith("nablagfn: error: ") and len(told.splitlines()) == 1
     assert str(copy.path) in told or "config.training.lr" in told
-    assert copy.report.read_bytes() == old and not out.exists()
+    assert copy.report.read_text(encoding="utf-8") == "old" and not out.exists()
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -262,9 +275,11 @@ def test_a_folder_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_frames_are_in_order_and_say_when(made: Path) -> None:
-    html = (made / "report.html").read_text(encoding="utf-8")
-    labels = re.findall(r'data-label="([^"]*)"', html)
-    assert labels == ["the pretrained model", "epoch 2, update 2", "epoch 4, update 4"]
+    assert [frame.label for frame in frames(read(RunFolder(made)))] == [
+        "the pretrained model",
+        "epoch 2, update 2",
+        "epoch 4, update 4",
+    ]
 
 
 # -------------------------------------------------------------------------------- several runs
@@ -317,8 +332,7 @@ def test_diff_shows_outcomes_settings_and_versions(
     assert "experiment.method" in shown and "refl" in shown and "model.reward_scale" not in shown
 
 
-def test_help_lists_the_runs(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+def test_out_is_for_several_runs(capsys: pytest.CaptureFixture[str], made: Path) -> None:
     with pytest.raises(SystemExit):
         main(["report", str(made), "--out=x.html"])
     assert "--out is for several runs" in capsys.readouterr().err
-    assert json.loads((made / "config.json").read_text(encoding="utf-8"))

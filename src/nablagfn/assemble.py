@@ -16,6 +16,7 @@ from .extractors import Extractor, embedded, load_extractor
 from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
+from .models.tune import tune
 from .prompts import PromptSet, load_prompts
 from .rewards import NamedReward
 from .runfolder import RunFolder
@@ -87,7 +88,7 @@ def build_policy(config: Config, device: torch.device) -> Policy:
     name = config.pretrained.model
     if worlds.is_world(name):
         return WorldPolicy(worlds.load(name), seed=config.seed).to(device)
-    return StableDiffusionPolicy.from_pretrained(
+    policy = StableDiffusionPolicy.from_pretrained(
         config.pretrained.model,
         revision=config.pretrained.revision,
         dtype=weight_dtype(config, device),
@@ -96,7 +97,10 @@ def build_policy(config: Config, device: torch.device) -> Policy:
         lora_rank=config.model.lora_rank,
         seed=config.seed,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        vae_checkpointing=config.training.vae_checkpointing,
+        vae_slice=config.training.vae_slice,
     )
+    return tune(policy, config.speed)
 
 
 def build_trainer(config: Config, folder: RunFolder) -> Trainer:

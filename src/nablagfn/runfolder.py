@@ -33,10 +33,14 @@ METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
     "guard.",
     "logging.",
+    "speed.",
     "saving.",
     "reward.weights",
     "training.num_epochs",
     "training.micro_batch",
+    "training.gradient_checkpointing",
+    "training.vae_slice",
+    "training.vae_checkpointing",
 )
 
 

@@ -18,7 +18,7 @@ from . import backoff, distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
 from .config import Config, ConfigError, set_option
-from .counting import Counts, counted
+from .counting import Counts, compilations, counted
 from .evaluation import Evaluator, Measurement, PictureView
 from .extractors import load_extractor
 from .guard import Guard, Tempered
@@ -176,6 +176,7 @@ class Trainer:
         position = self._open_run()
         epochs = self.config.training.num_epochs
         before = self.observer.before()
+        untold = self.config.speed.compile
         with (
             StopRequest(show=self.show) as stop,
             Bar(
@@ -191,6 +192,9 @@ class Trainer:
                     self._save(position)
                     break
                 self._save_if_due(position)
+                if untold:
+                    bar.line(compilations())
+                    untold = False
         finished = position.epoch == epochs or self.guard.state.stopped
         after = self.observer.after(self._take_best(position)) if finished else None
         self.accelerator.end_training()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from .read import Figure, Model, Record
 
 PERCENT = {"recognised"}
+HEADLINES = ("reward", "diversity", "recognised", "path_kl")  # the order of a report
 NO_PRIOR = ("refl", "draft-k", "draft-lv", "alignprop", "ddpo")  # docs/methods.md
 MEANINGS = {
     "reward": ("reward", "mean reward of the pictures, as it was trained"),
@@ -35,6 +37,7 @@ class Card:
     after: str
     change: str
     interval: str = ""
+    headline: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,30 @@ def meaning(key: str) -> str:
     return MEANINGS.get(key, ("", ""))[1]
 
 
+def is_headline(key: str) -> bool:
+    """Reward, held-out rewards, diversity, recognised, path KL."""
+    return key in HEADLINES or key.startswith("reward_")
+
+
+def place(key: str) -> int:
+    """Headlines first, held-out rewards after them, then the rest as measured."""
+    if key in HEADLINES:
+        return HEADLINES.index(key)
+    return len(HEADLINES) + (not is_headline(key))
+
+
 def number(value: float | None, key: str = "") -> str:
-    """Three or four significant digits; shares in per cent."""
+    """Three or four digits that count; shares in per cent."""
     if value is None:
         return "–"
     if key in PERCENT:
         return f"{value:.1%}"
-    if value == 0:
-        return "0"
-    return f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.3g}"
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    size = abs(value)
+    if size < 0.01 or size >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 100 else f"{value:,.0f}"
 
 
 def interval(figure: Figure, key: str = "") -> str:
@@ -195,8 +213,9 @@ def _evaluated_cards(record: Record) -> list[Card]:
             after=number(figure.value, key),
             change=reached.change(key),
             interval=interval(figure, key),
+            headline=is_headline(key),
         )
-        for key, figure in final.figures.items()
+        for key, figure in sorted(final.figures.items(), key=lambda item: place(item[0]))
     ]
 
 

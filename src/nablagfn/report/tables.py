@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, flatten
-from .figures import number, title
+from .figures import is_headline, number, place, title
 from .pictures import ContactSheet, Picture, load
 from .read import Record, Sample
 
@@ -87,7 +87,8 @@ def per_prompt(record: Record) -> Table | None:
     if record.final is None:
         return None
     base, final = record.models[0].prompts, record.final.prompts
-    keys = list(dict.fromkeys(key for figures in final.values() for key in figures))
+    known = dict.fromkeys(key for figures in final.values() for key in figures)
+    keys = sorted((key for key in known if is_headline(key) and key != "path_kl"), key=place)
     if not keys:
         return None
     header = ["prompt"]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, RewardSettings
+from ..surrogate import wants_gradient
 from ..types import Metadata, Reward
 from . import analytic, blackbox
 from .blackbox import ZerothOrder
 from .compose import Component, Composition, Scores, parse, with_settings
-from .surrogate import wants_gradient
 
 if TYPE_CHECKING:
     from .check import Check

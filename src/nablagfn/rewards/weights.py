@@ -60,7 +60,7 @@ PICKSCORE = _folder(
         **_WORDS,
     },
 )
-DINOV2 = _folder(
+DINOV2 = _folder(  # its digest could not be had; the commit pins it
     "dinov2",
     "facebook/dinov2-base",
     "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
