@@ -163,6 +163,39 @@ def test_paired_mmd_of_a_shift_in_closed_form() -> None:
     )
 
 
+def test_pairs_are_averaged_for_each_two_prompts() -> None:
+    """By brute force."""
+    groups = ["a", "b", "a", "b", "b"]
+    x, y = normal(5, 3), normal(5, 3, 1)
+
+    def h(i: int, j: int) -> float:
+        rows = torch.stack([x[i], x[j], y[i], y[j]])
+        k = prior.polynomial(rows, rows)
+        return float(k[0, 1] + k[2, 3] - k[0, 3] - k[1, 2])
+
+    blocks = []
+    for p in "ab":
+        for q in "ab":
+            pairs = [(i, j) for i in range(5) for j in range(5)]
+            own = [h(i, j) for i, j in pairs if i != j and (groups[i], groups[j]) == (p, q)]
+            blocks.append(sum(own) / len(own))
+    assert float(prior.kid(x, y, groups)) == pytest.approx(sum(blocks) / 4)
+
+
+@pytest.mark.parametrize("name", ["pairwise_distance", "variance", "kid", "mmd", "drift"])
+def test_resampling_does_not_shift(name: str) -> None:
+    """Prompts far apart, four pictures each: the mean over resamples is the figure itself. Averaged
+    over all pairs at once, kid and mmd would be four deviations off."""
+    groups = [g for g in range(12) for _ in range(4)]
+    centre = 2 * normal(12, 30, 7).repeat_interleave(4, 0)
+    y = centre + normal(48, 30, 8)
+    x = y + normal(12, 30, 9).repeat_interleave(4, 0)  # each prompt has moved its own way
+    counts = intervals.resampled_counts(groups, 400, rng.generator(0, "bootstrap"))
+    value = float(FIGURES[name](x, y, groups))
+    resampled = FIGURES[name](x, y, groups, counts)
+    assert abs(float(resampled.mean()) - value) < 0.25 * float(resampled.std())
+
+
 def test_drift_is_the_distance_moved() -> None:
     y = normal(10, 3)
     x = y + torch.tensor([2.0, 0.0, 0.0])
@@ -179,8 +212,8 @@ FIGURES: dict[str, Callable[..., Tensor]] = {
         x, groups, counts
     ),
     "variance": lambda x, y, groups, counts=None: diversity.variance(x, groups, counts),
-    "kid": lambda x, y, groups, counts=None: prior.kid(x, y, counts),
-    "mmd": lambda x, y, groups, counts=None: prior.mmd(x, y, counts),
+    "kid": lambda x, y, groups, counts=None: prior.kid(x, y, groups, counts),
+    "mmd": lambda x, y, groups, counts=None: prior.mmd(x, y, groups, counts),
     "drift": lambda x, y, groups, counts=None: feature_drift(x, y, counts),
     "vendi": lambda x, y, groups: diversity.vendi(x, groups),
     "fid": lambda x, y, groups: prior.frechet_distance(x, y),

@@ -84,8 +84,8 @@ def pull_back(policy: Policy, x: Tensor, k: Step, condition: Condition, v: Tenso
 
 def guess_at(scene: Scene, x: Tensor, k: Step, condition: Condition, frozen: bool) -> Guessed:
     """The guess at x_k by passes of its own: that at x_{k+1} of a step that leads to x_k."""
-    no = torch.zeros_like(k.last)
-    into = replace(k, timestep_next=k.timestep, alpha_bar_next=k.alpha_bar, last=no)
+    no, all_rows = torch.zeros_like(k.last), torch.arange(len(x))
+    into = replace(k, timestep_next=k.timestep, alpha_bar_next=k.alpha_bar, last=no, noisy=all_rows)
     with scene.world.reference() if frozen else nullcontext():
         return guess(scene.log_reward, scene.world, x, into, condition, "squared")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nablagfn import planner
-from nablagfn.config import Config
-from nablagfn.costs import Tracker
+from nablagfn import architectures, planner
+from nablagfn.config import Config, ConfigError
+from nablagfn.costs import Tracker, cost
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.planner import Parts, Setting
 from nablagfn.prompts import PromptSet
@@ -41,16 +43,18 @@ def held_by_update(config: Config, rows: int) -> float:
         make_pipeline(),
         guidance_scale=config.sampling.guidance_scale,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        vae_slice=config.training.vae_slice,
         name=config.pretrained.model,
     )
     reward = resolve("colourfulness", CPU)
     trainer = Trainer(policy, reward, PromptSet(("a cat",)), config, show_progress=False)
-    drawn = trainer.collector.collect(0)
+    drawn = replace(trainer.collector.collect(0), reward=torch.zeros(4))
+    trainer.objective.observe(drawn.condition.prompts, drawn.reward)
     (chosen, *_) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
     modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
     known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     with Tracker([*known, chosen.paths.x, chosen.paths.eps]) as tracker:
-        trainer._accumulate(chosen, rows)
+        trainer.updater.accumulate(chosen, rows)
     return tracker.peak
 
 
@@ -60,19 +64,121 @@ def parts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return planner.measure(config, CPU)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["nabla-db", "adjoint-matching", "draft-k", "ddpo"])
-def test_the_prediction_is_what_an_update_holds(
-    method: str, checkpointing: bool, tiny_folder: Path, tmp_path: Path, parts: Parts
+CASES = [
+    ("nabla-db", {}),
+    ("nabla-db", {"training.gradient_checkpointing": True, "training.vae_slice": 1}),
+    ("nabla-db-lambda", {}),
+    ("adjoint-matching", {}),
+    ("draft-k", {}),
+    ("ddpo", {"training.gradient_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CASES)
+def test_the_prediction_covers_what_an_update_holds(
+    method: str, options: dict[str, object], tiny_folder: Path, tmp_path: Path, parts: Parts
 ) -> None:
     """Of two sizes, the difference: what rows add, which is what the planner decides by."""
-    config = config_of(tiny_folder, tmp_path, method)
-    config.training.gradient_checkpointing = checkpointing
+    config = config_of(tiny_folder, tmp_path, method, **options)
     work = planner.work_of(config)
 
     def predicted(rows: int) -> float:
-        found = planner.moments(config, parts, work, Setting(rows, checkpointing, 2))
+        setting = replace(planner.setting_of(config), micro_batch=rows)
+        found = planner.moments(config, parts, work, setting)
         return max(value for name, value in found.items() if name.startswith("update"))
 
     true = held_by_update(config, 4) - held_by_update(config, 2)
-    print(method, checkpointing, (predicted(4) - predicted(2)) / true)
+    assert 0.95 * true <= predicted(4) - predicted(2) <= 2.2 * true
+
+
+def test_a_matrix_product_by_hand() -> None:
+    """y = xw: kept is y; forward 2·4·8·16 FLOPs, and as many back to w."""
+    x, w = torch.zeros(4, 8), torch.zeros(8, 16, requires_grad=True)
+    found = cost(lambda: x @ w, [x, w])
+    assert found.held == 4 * 16 * 4
+    assert found.forward == found.backward == 2 * 4 * 8 * 16
+    assert found.peak == found.held + (4 * 16 + 8 * 16) * 4  # and the gradients of y and of w
+
+
+def test_attention_is_counted_as_kernels_keep_it_not_as_a_table() -> None:
+    length, width = 1024, 64
+    with torch.device("meta"):
+        q, k, v = (torch.zeros(1, 1, length, width, requires_grad=True) for _ in range(3))
+        found = cost(lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v])
+    assert length * width * 4 <= found.held < 2 * length * width * 4  # not length²
+    assert found.forward == 2 * 2 * length**2 * width
+
+
+def test_stable_diffusion_by_its_published_size() -> None:
+    with torch.device("meta"):
+        pipeline = architectures.sd15()
+    count = {
+        name: sum(p.numel() for p in getattr(pipeline, name).parameters())
+        for name in ("unet", "vae", "text_encoder")
+    }
+    assert count == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+
+
+def test_work_is_what_the_methods_page_says() -> None:
+    """docs/methods.md: a path of N steps is drawn, and learning from n of them costs ..."""
+    config = Config()
+    config.model.no_flow = True
+    work, n = planner.work_of(config), 6
+    assert work.transitions == n
+    assert work.eps + work.eps_backward - config.sampling.num_steps == 5 * n - 2
+    assert (work.decode, work.decode_backward) == (n + 1, n)
+
+
+def test_less_memory_means_smaller_parts_of_the_same_update(
+    tiny_folder: Path, tmp_path: Path, parts: Parts
+) -> None:
+    """Down to nothing that fits; what is chosen fits, and keeps the number of paths drawn."""
+    config = config_of(tiny_folder, tmp_path, "nabla-db", **{"sampling.batch_size": 8})
+    work = planner.work_of(config)
+    much = planner.choose(config, parts, work, 1e12)
+    assert much.setting == Setting(12, False, 0, 8)
+    assert much.options(config) == {"training.micro_batch": 12}
+    least = sum(much.fixed.values())
+    middle = planner.choose(config, parts, work, least + (much.peak - least) / 4)
+    assert middle.setting is not None and middle.peak <= middle.usable
+    assert middle.setting.micro_batch < 12 and 8 % middle.setting.sampling_batch == 0
+    drawn = {"sampling.batch_size": 8, "sampling.num_batches_per_epoch": 2}
+    drawn |= middle.options(config)
+    assert drawn["sampling.batch_size"] * drawn["sampling.num_batches_per_epoch"] == 16
+    none = planner.choose(config, parts, work, least)
+    assert none.setting is None and none.options(config) == {}
+
+
+def test_checkpointing_comes_after_slices_and_only_for_enough_rows(
+    tiny_folder: Path, tmp_path: Path, parts: Parts
+) -> None:
+    """At each amount of memory, what adds no work is tried first."""
+    config = config_of(tiny_folder, tmp_path, "nabla-db")
+    work = planner.work_of(config)
+    fixed = sum(parts.fixed.values())
+    plain = planner.setting_of(config)
+    ways = [
+        replace(plain, micro_batch=4),
+        replace(plain, micro_batch=4, vae_slice=1),
+        replace(plain, micro_batch=4, vae_slice=1, gradient_checkpointing=True),
+    ]
+    need = [fixed + max(planner.moments(config, parts, work, way).values()) for way in ways]
+    assert need[0] > need[1] > need[2]
+    for way, memory in zip(ways, need, strict=True):
+        chosen = planner.choose(config, parts, work, 1.0001 * memory).setting
+        assert chosen is not None and chosen.micro_batch >= 4
+        assert (chosen.vae_slice, chosen.gradient_checkpointing) == (
+            way.vae_slice,
+            way.gradient_checkpointing,
+        )
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("8 GiB", 2.0**33), ("0.5", 5e8)])
+def test_sizes_are_read(text: str, size: float) -> None:
+    assert planner.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["0GB", "-1GB", "much", "24 TB", ""])
+def test_other_sizes_are_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="--memory"):
+        planner.parse_memory(text)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nablagfn import kernels, rng
+from nablagfn.config import ConfigError
 from nablagfn.estimators.guess import Guess
 from nablagfn.estimators.residual_db import ResidualDB
 from nablagfn.lookahead import LogReward
-from nablagfn.methods import METHODS
+from nablagfn.methods import GUESSING, METHODS
+from nablagfn.models.guess_decoder import GuessDecoder, load_guess_decoder
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.models.tune import tune
 from nablagfn.objectives.matching import MatchingObjective
+from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
 from nablagfn.rollout import replay, rollout
-from nablagfn.types import Policy, Selection
+from nablagfn.trainer import Trainer
+from nablagfn.types import Metadata, Policy, Selection
 from tests.live_graph import LiveGraph
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
@@ -53,9 +61,9 @@ def draw(
 
 
 def objective_for(
-    policy: StableDiffusionPolicy, table: kernels.KernelTable, *, flow: bool = True
+    policy: StableDiffusionPolicy, table: kernels.KernelTable, *, flow: bool = True, piece: int = 0
 ) -> MatchingObjective:
-    log_reward = LogReward(policy, analytic.colourfulness, BETA)
+    log_reward = LogReward(policy, analytic.colourfulness, BETA, piece=piece)
     if not flow:
         return MatchingObjective(policy, table, Guess(policy, log_reward, "squared"))
     network = policy.make_flow((8, 16), 1, seed=0).to(policy.dtype)
@@ -151,6 +159,141 @@ def test_without_its_reverse_loss_the_reverse_condition_costs_nothing(tmp_path: 
     assert none["model_evals"] < tiny["model_evals"]
 
 
+# -------------------------------------------------------------------------------- decoding
+
+
+def gradients_of(objective: MatchingObjective, chosen: Selection) -> list[Tensor]:
+    """The losses of every transition, and the gradients of θ and φ."""
+    losses = objective.losses(chosen.transitions({})).total()
+    learned = [*objective.policy.parameters(), *objective.modules.parameters()]
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), learned, allow_unused=True)]
+
+
+def close(ones: list[Tensor], others: list[Tensor], **bounds: float) -> None:
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, **(bounds or {"rtol": 1e-9, "atol": 1e-9}))
+
+
+@pytest.mark.parametrize("flow", [True, False])
+@pytest.mark.parametrize("how", ["slices", "checkpointing", "both"])
+def test_decoding_with_less_memory_changes_nothing_else(how: str, flow: bool) -> None:
+    found, peaks = [], []
+    for saving in (False, True):
+        slices, checkpointing = saving and how != "checkpointing", saving and how != "slices"
+        policy = make_policy(vae_checkpointing=checkpointing)
+        table, chosen = draw(policy)
+        objective = objective_for(policy, table, flow=flow, piece=2 if slices else 0)
+        found.append(gradients_of(objective, chosen))
+        log_reward = objective.estimator.log_reward
+        with LiveGraph() as graph:
+            x = chosen.paths.clean[torch.tensor([0, 1, 2, 0])].requires_grad_()
+            log_reward(x, chosen.paths.condition[torch.tensor([0, 1, 2, 0])]).sum().backward()
+        peaks.append(graph.peak)
+    close(*found)
+    assert max(float(g.abs().max()) for g in found[0]) > 1e-3
+    assert peaks[1] < {"slices": 0.55, "checkpointing": 0.8, "both": 0.45}[how] * peaks[0]
+
+
+def test_pictures_are_decoded_in_slices_where_no_gradient_is_taken() -> None:
+    policy, sliced = make_policy(), make_policy(vae_slice=2)
+    x = torch.randn(5, *policy.sample_shape, dtype=torch.float64)
+    sizes: list[int] = []
+    decode = sliced.vae.decode
+    sliced.vae.decode = lambda z, **options: (sizes.append(len(z)), decode(z, **options))[1]
+    with torch.no_grad():
+        torch.testing.assert_close(sliced.decode(x), policy.decode(x), rtol=1e-12, atol=1e-12)
+    assert sizes == [2, 2, 1]
+
+
+# -------------------------------------------------------------------------------- a small decoder
+
+
+@pytest.fixture(scope="module")
+def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a narrow AutoencoderTiny with random weights, twice the latent's size."""
+    return save_decoder(tmp_path_factory.mktemp("tiny-decoder"), channels=4)
+
+
+def save_decoder(folder: Path, channels: int) -> Path:
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_small_decoder_sees_predicted_samples_and_the_vae_finished_ones(
+    small_decoder: Path,
+) -> None:
+    """The guess row by row: mixed rows, only noisy rows, only clean rows."""
+    policy = make_policy(torch.float32, guidance_scale=1.0)
+    decoder = load_guess_decoder(str(small_decoder), policy, torch.float32)
+    table, chosen = draw(policy, torch.float32)
+    batch = chosen.transitions({})
+    exact = LogReward(policy, analytic.colourfulness, BETA)
+    log_reward = replace(exact, decoder=decoder)
+    for rows in (range(len(batch)), (0, 3), (2, 5)):
+        part = batch[torch.tensor(list(rows))]
+        k = table.at(part.step, part.x)
+        x_clean = part.x.clone().requires_grad_()
+        value = log_reward.at_next(x_clean, k, part.condition)
+        (found,) = torch.autograd.grad(value.sum(), x_clean)
+        for i, step in enumerate(part.step.tolist()):
+            decode = policy.decode if step == STEPS - 1 else by_hand(decoder)
+            x = part.x[i : i + 1].clone().requires_grad_()
+            known = BETA * analytic.colourfulness(decode(x), ["a"], [{}])[0]
+            torch.testing.assert_close(value[i], known, rtol=1e-4, atol=1e-4)
+            (slope,) = torch.autograd.grad(known, x)
+            torch.testing.assert_close(found[i : i + 1], slope, rtol=1e-3, atol=1e-3)
+    assert not any(p.requires_grad for p in decoder.vae.parameters())
+
+
+def by_hand(decoder: GuessDecoder) -> Callable[[Tensor], Tensor]:
+    """AutoencoderTiny's pictures in [0, 1] of latents scaled as the model's samples are."""
+    return lambda x: (decoder.vae.decoder(x) + 1) / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_decoder_changes_the_methods_that_guess_and_is_refused_by_others(
+    method: str, small_decoder: Path, tmp_path: Path
+) -> None:
+    metrics = []
+    for name in ("", str(small_decoder)):
+        options = {"model.guess_decoder": name, "training.num_epochs": 1, "model.reward_scale": 1e3}
+        config = method_config(method, tmp_path / str(bool(name)), **options)
+        if name and method not in GUESSING:
+            with pytest.raises(ConfigError, match="guess_decoder"):
+                KINDS[1].trainer(config)
+            return
+        trainer = KINDS[1].trainer(config)
+        trainer.fit()
+        metrics.append(trainer.folder.metrics()[0])
+    plain, small = metrics
+    assert small["reward"] == plain["reward"]  # what is reported is seen through the VAE
+    assert small["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    assert small["decode_evals"] < plain["decode_evals"]
+
+
+@pytest.mark.parametrize("wrong", ["missing", "channels", "world"])
+def test_a_small_decoder_that_does_not_fit_gives_one_line(
+    wrong: str, small_decoder: Path, tmp_path: Path
+) -> None:
+    name = str(small_decoder)
+    if wrong == "missing":
+        name = str(tmp_path / "nothing")
+    elif wrong == "channels":
+        name = str(save_decoder(tmp_path / "other", channels=5))
+    config = method_config("nabla-db", tmp_path / "run", **{"model.guess_decoder": name})
+    with pytest.raises(ConfigError) as caught:
+        KINDS[0 if wrong == "world" else 1].trainer(config)
+    assert "config.model.guess_decoder=" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 # -------------------------------------------------------------------------------- waiting
 
 
@@ -238,11 +381,14 @@ def test_coefficients_are_the_table_s(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
-    """Transitions of several steps in a pass, 1, 3 or all: the same gradients and metrics."""
+    """Transitions of several steps in a pass, 1, 3 or all; pictures decoded 1, 2 or all at a time:
+    the same gradients and metrics."""
     found = []
-    for size in (1, 3, 100):
-        options = {"training.micro_batch": size, "sampling.num_steps": 5}
-        trainer = KINDS[0].trainer(method_config(method, tmp_path / str(size), **options))
+    for size, pictures in ((1, 0), (3, 0), (100, 0), (100, 2), (3, 1)):
+        options = {"training.micro_batch": size, "training.vae_slice": pictures}
+        config = method_config(method, tmp_path / f"{size} {pictures}", **options)
+        config.sampling.num_steps = 5
+        trainer = KINDS[0].trainer(config)
         randomise(trainer.policy.parameters(), 0.1)
         randomise([p for p in trainer.objective.modules.parameters()], 0.1, seed=3)
         drawn = trainer.collector.collect(0)
@@ -254,7 +400,7 @@ def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
         )
         trainer._observe(drawn)
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
-        metrics = trainer.update(chosen)
+        metrics = trainer.updater.update(chosen).metrics
         own = trainer.objective.modules.parameters()
         learned = [*trainer.policy.parameters(), *(p for p in own if p.requires_grad)]
         found.append((metrics, [p.grad for p in learned]))
@@ -264,3 +410,140 @@ def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
         assert other == pytest.approx(metrics, rel=1e-6, abs=1e-9)  # metrics travel in float32
         for one, two in zip(gradients, theirs, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12 * float(one.abs().max()))
+
+
+# -------------------------------------------------------------------------------- switches
+
+
+def trained(out: Path, **options: object) -> tuple[Trainer, dict[str, Tensor]]:
+    """Two updates of nabla-db on the random pipeline, set up as `assemble` does."""
+    config = method_config("nabla-db", out, **{"model.reward_scale": 1e3, **options})
+    config.sampling.guidance_scale = 3.0
+    policy = StableDiffusionPolicy(make_pipeline(), lora_rank=2, guidance_scale=3.0)
+    prompts = PromptSet(("a cat", "a duck", "ants"))
+    reward = analytic.colourfulness
+    trainer = Trainer(tune(policy, config.speed), reward, prompts, config, show_progress=False)
+    trainer.fit()
+    own = trainer.objective.modules.state_dict()
+    return trainer, {**trainer.policy.state_dict(), **own}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return trained(tmp_path_factory.mktemp("plain"))[1]
+
+
+def same_weights(found: dict[str, Tensor], known: dict[str, Tensor]) -> None:
+    """Two updates of at most 0.1 each; the bound is float32 rounding through them."""
+    moved = max(float(value.abs().max()) for name, value in known.items() if "lora_B" in name)
+    assert moved > 1e-3
+    for name, value in known.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * moved)
+
+
+@pytest.mark.parametrize("switch", ["channels_last", "fused_optimizer", "offload_text_encoder"])
+def test_a_switch_changes_speed_and_not_the_run(
+    switch: str, plain: dict[str, Tensor], tmp_path: Path
+) -> None:
+    trainer, found = trained(tmp_path, **{f"speed.{switch}": True})
+    same_weights(found, plain)
+    if switch == "channels_last":
+        weight = trainer.policy.unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    elif switch == "fused_optimizer":
+        assert all(group["fused"] for group in trainer.updater.optimizer.param_groups)
+    else:
+        assert trainer.policy._encoder_hook is not None
+
+
+def test_compiled_parts_give_the_same_run(
+    plain: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph capture and its backward passes, without the code generator (which takes minutes)."""
+    monkeypatch.setattr("nablagfn.models.tune.BACKEND", "aot_eager")
+    lines: list[str] = []
+    monkeypatch.setattr("nablagfn.progress.Bar.line", lambda bar, text: lines.append(text))
+    torch._dynamo.reset()
+    _, found = trained(tmp_path, **{"speed.compile": True})
+    same_weights(found, plain)
+    (line,) = (text for text in lines if "torch.compile" in text)
+    assert re.match(r"torch.compile: [1-9]\d* graphs, 0 graph breaks", line), line
+
+
+def test_the_text_encoder_leaves_after_every_new_prompt() -> None:
+    policy = make_policy(torch.float32)
+    known = policy.condition(PROMPTS).embeds
+    policy = make_policy(torch.float32)
+    policy.offload_text_encoder()
+    calls = []
+    policy._encoder_hook.offload = lambda: calls.append(1)
+    assert torch.equal(policy.condition(PROMPTS).embeds, known)
+    policy.condition(PROMPTS)
+    assert calls == [1]
+    policy.condition(["a new one"])
+    assert calls == [1, 1]
+
+
+def test_the_8_bit_optimizer_trains_and_continues(tmp_path: Path) -> None:
+    """As AdamW, up to what 8 bits of the moments leave; the same after a restart."""
+    pytest.importorskip("bitsandbytes")
+    wide = {
+        "model.lora_rank": 300,
+        "training.optimizer": "adamw8bit",
+    }  # small matrices stay float32
+    runs = []
+    for name, epochs in (("whole", (2,)), ("parts", (1, 2))):
+        for count in epochs:
+            trainer, found = trained(tmp_path / name, **wide, **{"training.num_epochs": count})
+        runs.append(found)
+    assert trainer.updater.optimizer.__class__.__name__ == "AdamW8bit"
+    moments = {
+        value.dtype
+        for s in trainer.updater.optimizer.state.values()
+        for value in s.values()
+        if isinstance(value, Tensor) and value.ndim > 1
+    }
+    assert torch.uint8 in moments
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_a_missing_optimizer_package_gives_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"pip install 'nablagfn\[adamw8bit\]'"):
+        trained(tmp_path / "run", **{"training.optimizer": "adamw8bit"})
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------- precision
+
+
+def test_a_bf16_model_has_float32_islands() -> None:
+    """Algebra, scores, reward and its gradient in float32; the stated distance to float32."""
+    table, chosen = draw(make_policy(torch.float32), torch.float32)
+    batch = chosen.transitions({})
+    seen: list[torch.dtype] = []
+
+    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        seen.append(images.dtype)
+        images.register_hook(lambda gradient: seen.append(gradient.dtype))
+        return analytic.colourfulness(images, prompts, metadata)
+
+    found = []
+    lora = make_policy(torch.float32).state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = make_policy(dtype)
+        policy.load_state_dict(lora)
+        batch = replace(batch, condition=policy.condition(batch.condition.prompts))
+        estimator = Guess(policy, LogReward(policy, reward, BETA), "squared")
+        objective = MatchingObjective(policy, table, estimator)
+        here, terms = objective.evaluate(batch), objective.losses(batch).terms
+        values = [here.eps, here.eps_ref, here.ahead["guess"], here.k.c2, *terms.values()]
+        assert {value.dtype for value in values} == {torch.float32}
+        found.append((here.eps.detach(), here.ahead["guess"]))
+    assert set(seen) == {torch.float32}
+    for bound, one, other in zip((0.03, 0.05), *found, strict=True):
+        distance = float((one - other).norm() / one.norm())
+        assert 1e-4 < distance < bound

@@ -242,6 +242,19 @@ def test_the_guard_stops_a_run_and_gives_back_its_best_model(tmp_path: Path) -> 
     assert wider.fit().updates == 16
 
 
+def test_a_held_out_reward_that_falls_stops_the_run(tmp_path: Path) -> None:
+    """Grey pictures lose contrast, which is watched by name and not trained on."""
+    options = {"evaluation.held_out_rewards": ("contrast",), "guard.max_held_out_drop": 0.2}
+    trainer = guarded(tmp_path, **options, **{"training.num_epochs": 20})
+    result = trainer.fit()
+    values = [
+        row["probe_reward_contrast"] for row in trainer.folder.metrics() if "probe_reward" in row
+    ]
+    assert values[-1] < values[0] and result.updates < 40
+    best = trainer.folder.read_json("guard.json")["best"]
+    assert best["watched"] == max(values[:-1])
+
+
 def test_lowering_beta_is_halving_the_reward(tmp_path: Path) -> None:
     """After the guard has acted, guess and loss are those of half the reward scale."""
     settings = {"experiment.method": "nabla-db", "model.no_flow": True, "training.num_epochs": 2}

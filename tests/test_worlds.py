@@ -417,12 +417,12 @@ def test_what_is_kept_of_the_yardsticks_changes_no_distance() -> None:
     widths = rbf_widths(target.resample(1000, rng.generator(0, "widths")))
     for x in (target.base[:1500].double(), target.resample(1500, generator(3)).double()):
         found = distances(target, x)
-        mmd2 = [float(mmd2(x[:1000], y[:1000], widths)) for y in drawn]
+        mmd = [float(mmd2(x[:1000], y[:1000], widths)) for y in drawn]
         swd = [
             float(measures.sliced_wasserstein(x, y, 128, rng.generator(0, "directions")))
             for y in drawn
         ]
-        assert found["mmd2"] == pytest.approx(sum(mmd2) / 4, rel=1e-9)
+        assert found["mmd2"] == pytest.approx(sum(mmd) / 4, rel=1e-9)
         assert found["swd"] == pytest.approx(sum(swd) / 4, rel=1e-9)
 
 

@@ -12,9 +12,11 @@ from .checkpoint import load_policy
 from .config import Config, ConfigError
 from .distributed import from_main_process, process_state, weight_dtype
 from .evaluation import PictureView, draw
+from .extractors import Extractor, embedded, load_extractor
 from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
+from .models.tune import tune
 from .prompts import PromptSet, load_prompts
 from .rewards import NamedReward
 from .runfolder import RunFolder
@@ -38,6 +40,13 @@ def check_names(config: Config) -> None:
                 f"{key}={value!r} does not go with config.pretrained.model={model!r}: a world has "
                 "its own reward and prompts (--config=worlds/NAME sets all three)"
             )
+    for name in config.evaluation.held_out_rewards:
+        try:
+            if worlds.is_world(model):
+                raise ConfigError("a world has its own reward and no other")
+            rewards.check_names(name)
+        except ConfigError as error:
+            raise ConfigError(f"config.evaluation.held_out_rewards={name!r}: {error}") from None
     if worlds.is_world(model):
         worlds.load(model)
     else:
@@ -58,11 +67,18 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     return rewards.resolve(name, device, config.reward.weights, config.reward)
 
 
-def build_view(config: Config) -> View:
-    """Points of a world beside its target, or pictures."""
+def build_extractor(config: Config, device: torch.device) -> Extractor:
+    """Of picture features, by `evaluation.extractor`; a world needs none and loads none."""
+    if worlds.is_world(config.pretrained.model):
+        return embedded
+    return load_extractor(config.evaluation.extractor, device, config.reward.weights)
+
+
+def build_view(config: Config, extractor: Extractor = embedded) -> View:
+    """Points of a world beside its target, or pictures and their features by `extractor`."""
     name = config.pretrained.model
     if not worlds.is_world(name):
-        return PictureView()
+        return PictureView(extractor)
     policy = WorldPolicy(worlds.load(name))
     return WorldView(policy.world, build_kernel(config, policy))
 
@@ -72,7 +88,7 @@ def build_policy(config: Config, device: torch.device) -> Policy:
     name = config.pretrained.model
     if worlds.is_world(name):
         return WorldPolicy(worlds.load(name), seed=config.seed).to(device)
-    return StableDiffusionPolicy.from_pretrained(
+    policy = StableDiffusionPolicy.from_pretrained(
         config.pretrained.model,
         revision=config.pretrained.revision,
         dtype=weight_dtype(config, device),
@@ -81,7 +97,10 @@ def build_policy(config: Config, device: torch.device) -> Policy:
         lora_rank=config.model.lora_rank,
         seed=config.seed,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        vae_checkpointing=config.training.vae_checkpointing,
+        vae_slice=config.training.vae_slice,
     )
+    return tune(policy, config.speed)
 
 
 def build_trainer(config: Config, folder: RunFolder) -> Trainer:
@@ -90,15 +109,21 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     prompts = build_prompts(config)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
-    reward = build_reward(config, accelerator.device)
+    device = accelerator.device
+    reward = build_reward(config, device)
+    held_out = rewards.resolve_all(
+        config.evaluation.held_out_rewards, device, config.reward.weights
+    )
+    view = build_view(config, build_extractor(config, device))
     return Trainer(
-        build_policy(config, accelerator.device),
+        build_policy(config, device),
         reward,
         prompts,
         config,
         folder=folder,
         accelerator=accelerator,
-        view=build_view(config),
+        view=view,
+        held_out=held_out,
     )
 
 

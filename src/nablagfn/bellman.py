@@ -126,6 +126,7 @@ def returns(
         here = Pass.at(policy, x[:, j], table.at(first + j, x[:, j]), condition, frozen=True)
         eps_ref[:, j] = here.eps.detach()
         found = backup(here, mixed[:, j + 1], j == 0)
+        del here  # its graph goes before the next comes
         if found.mixed is not None:
             mixed[:, j] = found.mixed
         if found.rest is not None:

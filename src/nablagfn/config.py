@@ -62,8 +62,10 @@ class Training(Group):
         "constant",
         description="of both learning rates over the run's updates; cosine falls to 0 at the end",
     )
-    optimizer: Literal["adamw", "lion"] = Field(
-        "adamw", description="adamw (torch) or lion (lion-pytorch; use a 3-10 times lower lr)"
+    optimizer: Literal["adamw", "lion", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw (torch), lion (lion-pytorch; use a 3-10 times lower lr) or adamw8bit "
+        "(bitsandbytes: moments of matrices from 4,096 elements on in 8 bits; other numbers)",
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="first moment decay (adamw and lion)")
     adam_beta2: float = Field(
@@ -98,6 +100,36 @@ class Training(Group):
     gradient_checkpointing: bool = Field(
         False, description="recompute U-Net activations to save memory"
     )
+    vae_slice: int = Field(
+        0,
+        ge=0,
+        description="pictures decoded and scored at a time; 0: all of a micro-batch. Saves memory, "
+        "and changes results by rounding only",
+    )
+    vae_checkpointing: bool = Field(
+        False, description="recompute the activations of the VAE's decoder to save memory"
+    )
+
+
+class Speed(Group):
+    """How fast a run is, at the same mathematics: results change by rounding only. All are off,
+    because what they gain on a GPU has not been measured (docs/performance.md).
+    """
+
+    compile: bool = Field(
+        False,
+        description="torch.compile for the U-Net and the VAE's decoder; the first update compiles "
+        "for minutes",
+    )
+    channels_last: bool = Field(
+        False, description="channels-last memory format for the U-Net and the VAE"
+    )
+    fused_optimizer: bool = Field(False, description="adamw in one kernel (torch's fused=True)")
+    offload_text_encoder: bool = Field(
+        False,
+        description="the text encoder stays in the computer's memory while no new prompt is "
+        "encoded; each prompt is encoded once",
+    )
 
 
 class Model(Group):
@@ -126,6 +158,12 @@ class Model(Group):
     )
     reward_adaptive_mode: Attenuation = Field(
         "squared", description="γ, trust in the reward guess: squared (ᾱ), sqrt (√ᾱ) or none (1)"
+    )
+    guess_decoder: str = Field(
+        "",
+        description="a small decoder (AutoencoderTiny: hub name or folder) for the reward at "
+        "predicted clean samples, instead of the VAE; faster, and other numbers. Finished samples "
+        "are always decoded by the VAE",
     )
     flow_layers_per_block: int = Field(1, ge=1, description="layers per block of g_φ")
     flow_channel_width: tuple[PositiveInt, ...] = Field(
@@ -209,7 +247,10 @@ class MethodSettings(Group):
 class RewardSettings(Group):
     """Where rewards find their weights, and how several become one."""
 
-    weights: str = Field("", description="folder with the rewards' weights; empty: the hub")
+    weights: str = Field(
+        "",
+        description="folder with the weights of rewards and feature extractors; empty: the hub",
+    )
     normalise: tuple[str, ...] = Field(
         (),
         description="NAME=MEAN/STD for each reward to standardise, in its own units, before it is "
@@ -277,6 +318,11 @@ class Evaluation(Group):
     seed: int = Field(1234, ge=0, description="seed of the evaluation samples")
     batch_size: int = Field(
         0, ge=0, description="samples drawn at once when measuring; 0: sampling.batch_size"
+    )
+    extractor: Literal["efficientnet-lite0", "clip", "dinov2", "dreamsim", "inception"] = Field(
+        "efficientnet-lite0",
+        description="network whose features measure diversity, drift and distance to the "
+        "pretrained model; all but efficientnet-lite0 (inside the package) need weights",
     )
     held_out_rewards: tuple[str, ...] = Field(
         (),
@@ -362,6 +408,7 @@ class Config(Group):
 
     seed: int = Field(0, ge=0, description="seed of the run")
     training: Training = Field(default_factory=Training)
+    speed: Speed = Field(default_factory=Speed)
     model: Model = Field(default_factory=Model)
     experiment: Experiment = Field(default_factory=Experiment)
     method: MethodSettings = Field(default_factory=MethodSettings)
@@ -389,6 +436,11 @@ class Config(Group):
         if self.guard.active and not (self.logging.eval_freq or self.logging.sample_freq):
             raise ConfigError(
                 "the guard needs measurements: set config.logging.eval_freq (epochs between them)"
+            )
+        if self.speed.fused_optimizer and self.training.optimizer != "adamw":
+            raise ConfigError(
+                "config.speed.fused_optimizer=True has a meaning for "
+                "config.training.optimizer=adamw only"
             )
 
     def updates_per_epoch(self) -> int:

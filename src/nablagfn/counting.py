@@ -1,4 +1,5 @@
-"""Count model evaluations, the unit in which methods of different cost are compared (layer 2)."""
+"""Count model evaluations, the unit in which methods of different cost are compared; and graphs
+that torch.compile made (layer 2)."""
 
 from __future__ import annotations
 
@@ -66,3 +67,12 @@ class _Counted:
 def counted(policy: Policy, counts: Counts) -> Policy:
     """The same policy, its work added to `counts`."""
     return cast(Policy, _Counted(policy, counts))
+
+
+def compilations() -> str:
+    """What torch.compile has made so far in this process, in one line, with its graph breaks."""
+    from torch._dynamo.utils import counters  # slow to import, seldom needed
+
+    graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
+    line = f"torch.compile: {graphs} graphs, {sum(breaks.values())} graph breaks"
+    return "; ".join([line, *(reason.splitlines()[0] for reason in breaks)])

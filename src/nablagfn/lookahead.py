@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .surrogate import wants_gradient, with_gradient
 from .types import Condition, Policy, Reward, beside
 
 Attenuation = Literal["squared", "sqrt", "none"]
@@ -24,17 +25,57 @@ def attenuation(alpha_bar: Tensor, mode: Attenuation) -> Tensor:
 
 @dataclass(frozen=True)
 class LogReward:
-    """log R(x_N) = β·r(decode(x_N), own prompts): float32 whatever the policy computes in."""
+    """log R(x_N) = β·r(decode(x_N), own prompts): float32 whatever the policy computes in.
+
+    piece: pictures at a time, 0 for all. Each piece is differentiated at once and its graph is
+    gone before the next: one piece of decoder and reward in memory, and nothing is computed twice.
+    decoder: what decodes predicted clean samples, instead of the policy; never x_N itself.
+    """
 
     policy: Policy
     reward: Reward
     scale: float
+    piece: int = 0
+    decoder: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x_clean: Tensor, condition: Condition) -> Tensor:
         """x_clean [M, ...] -> [M]. Pixels are not clamped: a clamp has no gradient outside."""
-        images = self.policy.decode(x_clean)
+        if not self.piece:
+            return self._value(x_clean, condition)
+        rows = torch.arange(len(condition)).split(self.piece)
+        pieces = zip(x_clean.split(self.piece), (condition[r] for r in rows), strict=True)
+        if not wants_gradient(x_clean):
+            return torch.cat([self._value(x, where) for x, where in pieces])
+        found = [self._differentiated(x.detach(), where) for x, where in pieces]
+        values, gradients = zip(*found, strict=True)
+        return with_gradient(x_clean, torch.cat(values), torch.cat(gradients))
+
+    def at_next(self, x_clean: Tensor, k: kernels.Step, condition: Condition) -> Tensor:
+        """The same at x̂(x_{k+1}), [M]; rows that are x_N (k last) are decoded by the policy."""
+        if self.decoder is None or len(k.noisy) == len(x_clean):
+            return self(x_clean, condition)
+        exact = replace(self, decoder=None)
+        mask = torch.ones(len(x_clean), dtype=torch.bool)
+        mask[k.noisy] = False
+        parts = []
+        for rows, log_reward in ((mask.nonzero()[:, 0], exact), (k.noisy, self)):
+            if len(rows):
+                value = log_reward(x_clean[beside(rows, x_clean)], condition[rows])
+                parts.append((rows, value))
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat([value for _, value in parts])[beside(order, x_clean)]
+
+    def _value(self, x_clean: Tensor, condition: Condition) -> Tensor:
+        images = (self.decoder or self.policy.decode)(x_clean)
         images = images if images.dtype == torch.float64 else images.float()
         return self.scale * self.reward(images, condition.prompts, condition.metadata)
+
+    def _differentiated(self, x_clean: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """The value [m], and its gradient [m, ...]."""
+        x = x_clean.requires_grad_()
+        value = self._value(x, condition)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), gradient
 
 
 def predicted_clean(policy: Policy, x: Tensor, k: kernels.Step, where: Condition) -> Tensor:
@@ -72,7 +113,7 @@ class Guessed:
 
 
 def guess(
-    log_reward: Callable[[Tensor, Condition], Tensor],
+    log_reward: LogReward,
     policy: Policy,
     x_next: Tensor,
     k: kernels.Step,
@@ -87,7 +128,7 @@ def guess(
     x = x_next.detach().requires_grad_()
     with without_theta(policy), torch.enable_grad():
         x_clean = predicted_clean(policy, x, k, condition)
-        value = log_reward(x_clean, condition)
+        value = log_reward.at_next(x_clean, k, condition)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     gamma = attenuation(k.alpha_bar_next, mode)
     last = k.last.reshape(-1, *([1] * (x.ndim - 1)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import kernels
 from .config import Config, ConfigError
+from .distributed import weight_dtype
 from .estimators.adjoint_matching import AdjointMatching
 from .estimators.guess import Guess
 from .estimators.nabla_db_lambda import NablaDBLambda
@@ -28,6 +29,8 @@ from .rewards import require_gradient
 from .rollout import StepChoice, WindowChoice
 from .types import Objective, Policy, Reward
 from .value_gradient import Estimator, StepWeight
+
+GUESSING = ("nabla-db", "nabla-db-lambda", "dag-db")  # decode predicted clean samples as a guess
 
 
 def build_kernel(config: Config, policy: Policy) -> KernelTable:
@@ -56,7 +59,20 @@ class Parts:
 
     @property
     def log_reward(self) -> LogReward:
-        return LogReward(self.policy, self.reward, self.config.model.reward_scale)
+        name = self.config.model.guess_decoder
+        return LogReward(
+            self.policy,
+            self.reward,
+            self.config.model.reward_scale,
+            piece=self.config.training.vae_slice,
+            decoder=self._guess_decoder(name) if name else None,
+        )
+
+    def _guess_decoder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Raises ConfigError when it cannot be had."""
+        from .models.guess_decoder import load_guess_decoder  # imports diffusers
+
+        return load_guess_decoder(name, self.policy, weight_dtype(self.config, self.policy.device))
 
     @property
     def chunk(self) -> int:
@@ -103,8 +119,16 @@ class Parts:
 def build_objective(
     config: Config, policy: Policy, reward: Reward, prompts: PromptSet, table: KernelTable
 ) -> Objective:
-    """The objective of `experiment.method`. Raises ConfigError when the reward lacks a gradient."""
-    method = config.experiment.method
+    """The objective of `experiment.method`.
+
+    Raises ConfigError when the reward lacks a gradient, or for a decoder that the method ignores.
+    """
+    method, decoder = config.experiment.method, config.model.guess_decoder
+    if decoder and method not in GUESSING:
+        raise ConfigError(
+            f"config.model.guess_decoder={decoder!r} has no use in {method}, which guesses no "
+            f"reward: leave it out, or take {', '.join(GUESSING)}"
+        )
     objective = METHODS[method](Parts(config, policy, reward, prompts, table))
     if objective.uses_reward_gradient:
         require_gradient(reward, method)

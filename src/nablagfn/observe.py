@@ -62,6 +62,8 @@ class Observer:
             diversity=figures.diversity,
             path_kl=figures.path_kl,
             base_diversity=float(pairwise_distance(features_of(base), prompts_of(base))),
+            held_out=figures.held_out,
+            base_held_out_std={name: held_out_std(base, name) for name in figures.held_out},
         )
         bar.line(
             f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
@@ -139,6 +141,11 @@ class Observer:
 def repeat(prompts: Sequence[str], times: int) -> list[str]:
     """Each prompt `times` times in a row."""
     return [prompt for prompt in prompts for _ in range(times)]
+
+
+def held_out_std(samples: Sequence[Sample], name: str) -> float:
+    """Standard deviation of a held-out reward over the samples."""
+    return float(torch.tensor([sample.held_out[name] for sample in samples]).std())
 
 
 def features_of(samples: Sequence[Sample]) -> Tensor:

@@ -1,11 +1,11 @@
 """A run folder and its files (torch-free): the report and other readers need nothing else.
 
-prompts.json        the prompt set
+prompts.json        the prompt set                  held_out.json   prompts never trained on
 config.json         every option as resolved        versions.json   packages and machine
 metrics.jsonl       one line per update             diagnostics.jsonl the same by noise level
-evaluation.json     before/after figures            guard.json     best checkpoint, what was done
+evaluation.json     before/after and evaluate       guard.json     best checkpoint, what was done
 grids/              fixed-seed sample grids         checkpoints/    update_000010/...
-tensorboard/  samples/  report.html
+tensorboard/  samples/  evaluation/  report.html
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
     "guard.",
     "logging.",
+    "speed.",
     "saving.",
     "reward.weights",
     "training.num_epochs",
     "training.micro_batch",
+    "training.gradient_checkpointing",
+    "training.vae_slice",
+    "training.vae_checkpointing",
 )
 
 
@@ -71,6 +75,11 @@ class RunFolder:
         return self.path / "grids"
 
     @property
+    def evaluation(self) -> Path:
+        """Samples of evaluated models: base/, update_000010/, …"""
+        return self.path / "evaluation"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -81,14 +90,14 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[Any]:
         """Hold the folder, made if need be, for this process until the context ends.
 
-        Raises ConfigError when another process trains in it.
+        Raises ConfigError when another process has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             return FileLock(self.path / ".lock").acquire(timeout=0)
         except Timeout:
             raise ConfigError(
-                f"another process is training in {self.path}: wait for it, or give another "
+                f"another process is at work in {self.path}: wait for it, or give another "
                 "--exp_name"
             ) from None
 
@@ -99,6 +108,13 @@ class RunFolder:
         """The content of a JSON file of the run, or None when it is not there."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def prompt_sets(self) -> tuple[list[str], list[str]]:
+        """Prompts trained on, and prompts held out. Raises ConfigError when there are none."""
+        prompts = self.read_json("prompts.json")
+        if not prompts:
+            raise ConfigError(f"{self.path} has no prompts.json: its run never started")
+        return prompts, self.read_json("held_out.json") or []
 
     def config(self) -> Config:
         """The resolved settings. Raises ConfigError when this is not a run folder."""

@@ -6,6 +6,7 @@ It names no objective, no model and no reward: `Policy`, `Reward` and `Objective
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from . import backoff, distributed, report, runfolder
 from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
 from .config import Config, ConfigError, set_option
-from .counting import Counts, counted
+from .counting import Counts, compilations, counted
 from .evaluation import Evaluator, Measurement, PictureView
+from .extractors import load_extractor
 from .guard import Guard, Tempered
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
@@ -26,7 +28,7 @@ from .observe import Observer
 from .optimizers import schedule_lr
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
-from .rewards import NamedReward, Scores, named
+from .rewards import NamedReward, Scores, named, resolve_all
 from .rollout import fingerprints
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
@@ -77,7 +79,8 @@ class Trainer:
 
     prompts: what the model is asked to draw. folder: the run folder (default:
     `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
-    view: how samples are measured and shown (default: as pictures).
+    view: how samples are measured and shown (default: as pictures). held_out: rewards to measure
+    beside the trained one, by name (`evaluation.held_out_rewards`).
     Raises ConfigError, before anything is written, when settings contradict each other.
     """
 
@@ -91,6 +94,7 @@ class Trainer:
         folder: RunFolder | None = None,
         accelerator: Accelerator | None = None,
         view: View | None = None,
+        held_out: Mapping[str, Reward] | None = None,
         show_progress: bool = True,
     ) -> None:
         reward = named(reward)
@@ -121,7 +125,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.observer = self._make_observer(view or PictureView())
+        self.observer = self._make_observer(view, held_out)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
@@ -132,17 +136,23 @@ class Trainer:
             limit=config.logging.num_checkpoint_limit,
         )
 
-    def _make_observer(self, view: View) -> Observer:
-        config = self.config
+    def _make_observer(self, view: View | None, held_out: Mapping[str, Reward] | None) -> Observer:
+        config, device = self.config, self.policy.device
+        wanted, weights = config.evaluation, config.reward.weights
+        if view is None:
+            view = PictureView(load_extractor(wanted.extractor, device, weights))
+        if held_out is None:
+            held_out = resolve_all(wanted.held_out_rewards, device, weights)
         evaluator = Evaluator(
             self.accelerator,
             self.policy,
             self.reward,
             self.table,
-            batch_size=config.evaluation.batch_size or config.sampling.batch_size,
-            seed=config.evaluation.seed,
+            batch_size=wanted.batch_size or config.sampling.batch_size,
+            seed=wanted.seed,
             view=view,
             critics=critics_of(config.pretrained.model),
+            held_out=held_out,
         )
         prompts = self.prompts.evaluation
         return Observer(evaluator, self.folder, prompts, config, show=self.show)
@@ -166,6 +176,7 @@ class Trainer:
         position = self._open_run()
         epochs = self.config.training.num_epochs
         before = self.observer.before()
+        untold = self.config.speed.compile
         with (
             StopRequest(show=self.show) as stop,
             Bar(
@@ -181,6 +192,9 @@ class Trainer:
                     self._save(position)
                     break
                 self._save_if_due(position)
+                if untold:
+                    bar.line(compilations())
+                    untold = False
         finished = position.epoch == epochs or self.guard.state.stopped
         after = self.observer.after(self._take_best(position)) if finished else None
         self.accelerator.end_training()
@@ -194,6 +208,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_json("versions.json", self._versions())
             self.folder.write_json("prompts.json", list(self.prompts.prompts))
+            self.folder.write_json("held_out.json", list(self.prompts.held_out))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()

@@ -63,7 +63,8 @@ class Updater:
             policy.parameters(),
             [p for p in objective.modules.parameters() if p.requires_grad],
         ]
-        self.optimizer = build_optimizer(config.training, *self.groups)
+        fused = config.speed.fused_optimizer
+        self.optimizer = build_optimizer(config.training, *self.groups, fused=fused)
         self.scaler = distributed.gradient_scaler(config, accelerator.device)
 
     def update(self, chosen: Selection) -> Updated:
@@ -72,7 +73,7 @@ class Updater:
         The loss is the mean over all transitions, whatever the micro-batch. Raises TrainingError
         when the gradient is not finite, and torch.OutOfMemoryError when one row is too many.
         """
-        fitted = backoff.fit(lambda rows: self._accumulate(chosen, rows), self.rows, self._say)
+        fitted = backoff.fit(lambda rows: self.accumulate(chosen, rows), self.rows, self._say)
         self.rows = fitted.rows
         found = fitted.value
         metrics = distributed.average_metrics(self.accelerator, found.sums)
@@ -82,7 +83,7 @@ class Updater:
         """From every process: each has its own memory."""
         console.print(f"process {self.accelerator.process_index}: {text}")
 
-    def _accumulate(self, chosen: Selection, rows: int) -> Accumulated:
+    def accumulate(self, chosen: Selection, rows: int) -> Accumulated:
         """The update's gradients, `rows` transitions at a time."""
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.limit_rows(rows)

@@ -32,10 +32,17 @@ def doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     config = load_config(arguments.config) if arguments.config else Config()
     apply_overrides(config, rest)
     from ..distributed import process_state
-    from ..doctor import examine
+    from ..doctor import CHECKS, examine
+    from ..progress import Bar
 
-    rows = examine(config, process_state().device)
-    show(rows)
+    state, rows = process_state(), []
+    with Bar("examining", len(CHECKS), show=state.is_main_process) as bar:
+        for row in examine(config, state.device):
+            rows.append(row)
+            bar.note(row.name)
+            bar.advance()
+    if state.is_main_process:
+        show(rows)
     if any(row.finding.status == "failure" for row in rows):
         sys.exit(UNUSABLE)
 

@@ -41,12 +41,14 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from .. import planner
     from ..distributed import process_state
+    from ..progress import console
 
     if arguments.memory:
         memory, device = planner.parse_memory(arguments.memory), torch.device("cuda")
     else:
         device = process_state().device
         memory = planner.free_memory(device)
+    console.print("counting the parts of the run; no weights are loaded")
     found = planner.plan(config, memory, device)
     show(found, config)
     if found.setting is None:

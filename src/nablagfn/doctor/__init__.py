@@ -5,7 +5,7 @@ Nothing is written, least of all into a run folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,14 +34,14 @@ CHECKS = (
 
 def examine(
     config: Config, device: torch.device, checks: Sequence[Check] = CHECKS
-) -> tuple[Row, ...]:
-    """Every check in order; one that needs what failed is skipped."""
+) -> Iterator[Row]:
+    """Every check in order, as it is done; one that needs what failed is skipped."""
     patient, rows = Patient(config, device), dict[str, Row]()
     for check in checks:
         lacking = [n for n in check.needs if rows[n].finding.status in ("failure", "skipped")]
         finding = Finding("skipped", f"needs: {', '.join(lacking)}")
         rows[check.name] = Row(check.name, finding if lacking else _run(check, patient))
-    return tuple(rows.values())
+        yield rows[check.name]
 
 
 def _run(check: Check, patient: Patient) -> Finding:

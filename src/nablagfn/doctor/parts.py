@@ -73,9 +73,10 @@ def gradient(patient: Patient) -> Finding:
         images = patient.policy.decode(_sample(patient)).float()
     images.requires_grad_(patient.reward.differentiable)
     value = patient.reward(images, patient.prompts.prompts[:1], [{}])
+    text = f"{float(value.detach()):.3g}, "
     if not patient.reward.differentiable:
-        return Finding("ok", f"{float(value):.3g}, values only")
-    return _judge(f"{float(value):.3g}, ", torch.autograd.grad(value.sum(), images), started)
+        return Finding("ok", f"{text}values only")
+    return _judge(text, torch.autograd.grad(value.sum(), images), started)
 
 
 def flow(patient: Patient) -> Finding:

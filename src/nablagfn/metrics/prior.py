@@ -137,29 +137,67 @@ def kernel_within(a: Tensor, widths: Sequence[float], unbiased: bool = False) ->
     return pairs if unbiased else (1 + (len(a) - 1) * pairs) / len(a)
 
 
-def paired_mmd2(x: Tensor, y: Tensor, kernel: Kernel, counts: Tensor | None = None) -> Tensor:
+def paired_mmd2(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    groups: Sequence[object] | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Mean over i ≠ j of k(x_i,x_j) + k(y_i,y_j) − k(x_i,y_j) − k(x_j,y_i); scalar, or [R].
 
     Gretton et al. 2012, eq. 4: unbiased whether x_i and y_i depend on each other or not, where
     eq. 3 is not (with the same noise it falls below 0); 0 exactly for x = y. x, y: [n, D], n ≥ 2.
+    groups: the prompt of each row. The two distributions are then mixtures of the prompts in equal
+    parts, and pairs are averaged for each two prompts before all: taken together, pairs of one
+    prompt, which are the most alike, would count too little, and still less in a resample.
     """
     x, y = x.double(), y.double()
     across = kernel(x, y)
     values = (kernel(x, x) + kernel(y, y) - across - across.mT).cpu()
-    if counts is None:
-        return pair_mean(values, torch.ones(1, len(x)))[0]
-    return pair_mean(values, counts)
+    taken = torch.ones(1, len(x)) if counts is None else counts
+    found = _mean_over_blocks(
+        values, taken.double(), list(rows_of(groups or [0] * len(x)).values())
+    )
+    return found[0] if counts is None else found
 
 
-def kid(x: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
+def _mean_over_blocks(values: Tensor, counts: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Mean over all G² ordered pairs of prompts of the mean of values [n, n] in their block, [R].
+
+    Blocks of one prompt leave its diagonal out, and those without a pair are left out.
+    """
+    share = torch.zeros_like(counts)
+    apart, within = values.clone(), []
+    for rows in prompts:
+        share[:, rows] = counts[:, rows] / counts[:, rows].sum(1, keepdim=True)
+        block = values[rows][:, rows]
+        within.append(pair_mean(block, counts[:, rows]))
+        apart[rows[:, None], rows] = 0.0
+    between = ((share @ apart) * share).sum(1)
+    G = len(prompts)
+    return (between + G * torch.stack(within).nanmean(0)) / G**2
+
+
+def kid(
+    x: Tensor,
+    y: Tensor,
+    groups: Sequence[object] | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Kernel inception distance, paired: MMD² with `polynomial` (Bińkowski et al. 2018).
 
     Any sign, mean 0 for equal distributions. Scalar, or [R]. Features are those given: only with
     Inception's is it comparable with published values.
     """
-    return paired_mmd2(x, y, polynomial, counts)
+    return paired_mmd2(x, y, polynomial, groups, counts)
 
 
-def mmd(x: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    groups: Sequence[object] | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
     """MMD² with RBF kernels as wide as y is (`rbf_widths`), paired; at most 2. Scalar, or [R]."""
-    return paired_mmd2(x, y, rbf(rbf_widths(y)), counts)
+    return paired_mmd2(x, y, rbf(rbf_widths(y)), groups, counts)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload_with_hook
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from .. import rng
 from ..config import ConfigError
 from ..kernels import eps_from_model_output
+from ..surrogate import wants_gradient
 from ..types import Condition, Metadata
 from .flow import UNetFlow
 from .locate import locate
@@ -77,7 +78,8 @@ class StableDiffusionPolicy:
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. seed: of the LoRA's gaussian initialisation. The LoRA is float32
-    whatever the dtype of the frozen weights. name: hub name or folder, for the run's records.
+    whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
+    no gradient is taken. name: hub name or folder, for the run's records.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class StableDiffusionPolicy:
         lora_rank: int = 8,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_slice: int = 0,
         name: str = "",
     ) -> None:
         self.pipeline = pipeline
@@ -104,6 +108,9 @@ class StableDiffusionPolicy:
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()  # diffusers checkpoints in training mode only; SD has no dropout
+        if vae_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        self.vae_slice = vae_slice
         size = self.unet.config.sample_size
         self.sample_shape: tuple[int, ...] = (self.unet.config.in_channels, size, size)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.double().cpu()
@@ -111,6 +118,7 @@ class StableDiffusionPolicy:
         self.prediction_type: str = pipeline.scheduler.config.prediction_type
         self._embeds: dict[str, Tensor] = {}  # on the CPU: a prompt set can have thousands
         self._empty: Tensor | None = None
+        self._encoder_hook: Any = None
 
     @classmethod
     def from_pretrained(
@@ -124,6 +132,8 @@ class StableDiffusionPolicy:
         lora_rank: int = 8,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_slice: int = 0,
     ) -> StableDiffusionPolicy:
         """Load `model` (hub name, folder, or 'tiny-animals'). Raises ConfigError if missing.
 
@@ -139,6 +149,8 @@ class StableDiffusionPolicy:
             lora_rank=lora_rank,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
+            vae_checkpointing=vae_checkpointing,
+            vae_slice=vae_slice,
             name=model,
         )
 
@@ -206,8 +218,15 @@ class StableDiffusionPolicy:
             )
             with torch.no_grad():
                 embeds = self.pipeline.text_encoder(tokens.input_ids.to(self.device))[0]
+            if self._encoder_hook is not None:
+                self._encoder_hook.offload()
             self._embeds.update(zip(missing, embeds.cpu(), strict=True))
         return torch.stack([self._embeds[p] for p in prompts]).to(self.device)
+
+    def offload_text_encoder(self) -> None:
+        """Keep the text encoder in the computer's memory but while it encodes a new prompt."""
+        encoder, hook = cpu_offload_with_hook(self.pipeline.text_encoder, self.device)
+        self.pipeline.text_encoder, self._encoder_hook = encoder, hook
 
     def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Guided ε (Ho & Salimans 2022): ε_∅ + w(ε_c − ε_∅), in x's dtype, [M, C, H, W]."""
@@ -243,7 +262,15 @@ class StableDiffusionPolicy:
             self.unet.enable_adapters()
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents [M, C, H, W] to images [M, 3, H', W'], nominally in [0, 1], not clamped."""
+        """Latents [M, C, H, W] to images [M, 3, H', W'], nominally in [0, 1], not clamped.
+
+        Without a gradient `vae_slice` at a time.
+        """
+        if self.vae_slice and not wants_gradient(x):
+            return torch.cat([self._decode(part) for part in x.split(self.vae_slice)])
+        return self._decode(x)
+
+    def _decode(self, x: Tensor) -> Tensor:
         latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)
         return (self.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).to(x.dtype)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng
+from ..surrogate import wants_gradient, with_gradient
 from ..types import Metadata, Reward
-from .surrogate import wants_gradient, with_gradient
 
 JPEG_QUALITY = 95
 

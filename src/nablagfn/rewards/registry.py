@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, RewardSettings
+from ..surrogate import wants_gradient
 from ..types import Metadata, Reward
 from . import analytic, blackbox
 from .blackbox import ZerothOrder
 from .compose import Component, Composition, Scores, parse, with_settings
-from .surrogate import wants_gradient
 
 if TYPE_CHECKING:
     from .check import Check
@@ -182,6 +182,19 @@ def resolve(
     )
     function = Composition(filled, settings.project_conflicts)
     return NamedReward(spec, function, all(reward.differentiable for reward in found))
+
+
+def resolve_all(
+    names: Sequence[str], device: torch.device, weights: str = ""
+) -> dict[str, NamedReward]:
+    """Rewards that are measured and not trained on, by name. Raises ConfigError like `resolve`."""
+    return {name: resolve(name, device, weights) for name in names}
+
+
+def check_names(spec: str) -> None:
+    """Is every reward of `spec` known? Loads nothing. Raises ConfigError."""
+    for term in parse(spec):
+        _check_name(spec, term.name)
 
 
 def _nothing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
