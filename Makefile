@@ -6,13 +6,13 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test parity parity-full check lint proofs frontier proofs-demo docs tiny-animals setup clean
+.PHONY: demo test parity parity-full check lint report-check proofs frontier proofs-demo docs tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=demo
 
 test: $(READY)  ## the test suite (minutes)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)  ## style, complexity, types
 	$(BIN)/ruff check .
@@ -37,10 +37,13 @@ $(PARITY)/.ready: tests/parity.txt $(READY)
 
 check: lint test parity  ## everything CI checks
 
+report-check: $(READY)  ## the report in headless Chromium (apt-get install chromium), a minute
+	NABLAGFN_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_browser.py
+
 proofs: $(READY)  ## every method on every exact world, docs/proofs.md (an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/proofs.py
 
-frontier: $(READY)  ## reward against diversity of every method, docs/frontier.md (half an hour)
+frontier: $(READY)  ## every method's reward against diversity: docs/frontier.md, runs/frontier/comparison.html (half an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/frontier.py
 
 proofs-demo: $(READY)  ## the demo's claims on three seeds, the gate at 50 steps (half an hour)

@@ -75,7 +75,7 @@ def true_peak(config: Config, rows: int) -> float:
         modules += planner.modules_of(trainer.reward)
         known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         with Tracker([*known, chosen.paths.x, chosen.paths.eps]) as tracker:
-            trainer._accumulate(chosen, rows)
+            trainer.updater.accumulate(chosen, rows)
     return tracker.peak
 
 

@@ -94,7 +94,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
             return profile(trainer)
         marks: list[tuple[float, float]] = []
-        trainer.optimizer.register_step_post_hook(lambda *a: marks.append(now(place)))
+        trainer.updater.optimizer.register_step_post_hook(lambda *a: marks.append(now(place)))
         trainer.fit()
         rows = trainer.folder.metrics()
         return {

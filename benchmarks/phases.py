@@ -120,10 +120,10 @@ def watched(policy: Any, reward: NamedReward, place: torch.device) -> tuple[Any,
 def profile(trainer: Any) -> dict[str, Any]:
     """Seconds by phase, and the five operators of most own time by torch.profiler."""
     (watch,) = WATCHES
-    step = trainer.optimizer
+    step = trainer.updater.optimizer
     step.register_step_pre_hook(lambda *a: watch.change("optimizer") and None)
     step.register_step_post_hook(lambda *a: watch.change(OTHER) and None)
-    trainer.optimizer.zero_grad()
+    trainer.updater.optimizer.zero_grad()
     watch.seconds.clear()
     watch.change(OTHER)
     kinds = [ProfilerActivity.CPU]

@@ -49,7 +49,7 @@ def test_a_run_that_backs_off_equals_one_with_enough_memory(
 ) -> None:
     """Losses, metrics and weights; adjoint-matching meets the limit in `prepare`, too."""
     plenty, little = (run(tmp_path / str(n), n, method) for n in (100, 1))
-    assert plenty.rows == 6 and little.rows == 1
+    assert plenty.updater.rows == 6 and little.updater.rows == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert [line.rpartition("=")[2] for line in said] == ["3, same results", "1, same results"]
     for a, b in zip(plenty.folder.metrics(), little.folder.metrics(), strict=True):

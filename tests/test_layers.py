@@ -17,24 +17,26 @@ LONGEST = 60  # lines of a function, its docstring left out
 
 LAYERS = (
     {"types", "rng", "config"},
-    {"kernels", "critics", "configs", "progress", "pictures", "surrogate"},
-    {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder"}
-    | {"optimizers", "distributed", "hub", "backoff", "costs"},
-    {"bellman", "worlds"} | {"rewards", "models", "prompts", "features", "report"},
-    {"objectives", "estimators"},
-    {"collect", "evaluation", "methods", "checkpoint", "runlog", "options"} | {"architectures"},
+    {"kernels", "critics", "configs", "progress", "pictures", "groups", "surrogate"},
+    {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
+    | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
+    {"bellman", "worlds"} | {"rewards", "models", "prompts", "report"},
+    {"objectives", "estimators", "extractors", "diff"},
+    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
+    | {"architectures"},
+    {"checkpoint", "updater"},
     {"observe"},
     {"trainer"},
     {"assemble"},
-    {"check_reward", "planner"},
+    {"check_reward", "evaluate", "planner", "export"},
     {"doctor"},
     {"cli"},
     {"__init__", "__main__"},
 )
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-PARTS = {"objectives", "estimators"}  # folders whose files do not know each other either
+PARTS = {"objectives", "estimators", "metrics"}  # folders whose files do not know each other either
 TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
-TORCH_FREE += ("nablagfn.cli", "nablagfn.report")
+TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.diff", "nablagfn.advice")
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -468,7 +468,7 @@ def test_micro_batches_give_the_same_gradients(scene: Scene, tmp_path: Path) -> 
     gradients = []
     for size in (len(scene.batch), 1, 3, 7, 0):
         trainer = make_trainer(tmp_path / str(size), size)
-        trainer.update(scene.chosen)
+        trainer.updater.update(scene.chosen)
         parameters = [*trainer.policy.parameters(), *trainer.objective.modules.parameters()]
         gradients.append([p.grad for p in parameters])
     for other in gradients[1:]:

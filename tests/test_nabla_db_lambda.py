@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from nablagfn import kernels, rng
-from nablagfn.bellman import lambda_returns, pull_back
+from nablagfn.bellman import Backed, Pass, returns
 from nablagfn.counting import Counts, counted
 from nablagfn.estimators.adjoint_matching import AdjointMatching
 from nablagfn.estimators.guess import Guess
 from nablagfn.estimators.nabla_db_lambda import NablaDBLambda
 from nablagfn.estimators.terminal_gradient import TerminalGradient
-from nablagfn.kernels import KernelTable
-from nablagfn.lookahead import LogReward, guess, terminal_gradient
+from nablagfn.kernels import KernelTable, Step
+from nablagfn.lookahead import Guessed, LogReward, guess, terminal_gradient
 from nablagfn.objectives.matching import MatchingObjective, residual_score
 from nablagfn.rollout import WindowChoice, rollout
-from nablagfn.types import Losses, Policy, Selection
+from nablagfn.types import Condition, Losses, Policy, Selection, Trajectories
 from nablagfn.value_gradient import Estimator, mean_square
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
 
@@ -71,6 +72,33 @@ def scene() -> Scene:
     paths = rollout(world, table, noise, world.condition(PROMPTS))
     steps = [[0, 3, STEPS - 1], [2, 4, STEPS - 1], [1, 5, STEPS - 1], [3, 3, STEPS - 1]]
     return Scene(world, table, select(paths, steps))
+
+
+def pull_back(policy: Policy, x: Tensor, k: Step, condition: Condition, v: Tensor) -> Tensor:
+    """J_{m_#}(x_k)ᵀ v by a pass of its own."""
+    x = x.detach().requires_grad_()
+    with policy.reference():
+        m = kernels.mean(x, policy.eps(x, k.timestep, condition), k)
+        return torch.autograd.grad(m, x, v)[0]
+
+
+def guess_at(scene: Scene, x: Tensor, k: Step, condition: Condition, frozen: bool) -> Guessed:
+    """The guess at x_k by passes of its own: that at x_{k+1} of a step that leads to x_k."""
+    no, all_rows = torch.zeros_like(k.last), torch.arange(len(x))
+    into = replace(k, timestep_next=k.timestep, alpha_bar_next=k.alpha_bar, last=no, noisy=all_rows)
+    with scene.world.reference() if frozen else nullcontext():
+        return guess(scene.log_reward, scene.world, x, into, condition, "squared")
+
+
+def adjoints(scene: Scene, paths: Trajectories, end: Tensor) -> Tensor:
+    """a_0 … a_N of whole paths, [B, N+1, ...]."""
+
+    def always(here: Pass, v_next: Tensor, at_start: bool) -> Backed:
+        return Backed(mixed=here.pull_back(v_next))
+
+    start = torch.zeros(len(paths.condition), dtype=torch.long)
+    found = returns(scene.world, scene.table, paths.x, start, paths.condition, end, always)
+    return found.mixed
 
 
 def close(one: Tensor, other: Tensor) -> None:
@@ -134,11 +162,9 @@ def test_the_lean_adjoint_is_autograd_through_the_frozen_chain(scene: Scene) -> 
     value = scene.log_reward(visited[-1], paths.condition).sum()
     expected = torch.stack(torch.autograd.grad(value, visited), 1)
     end = terminal_gradient(scene.log_reward, paths.clean, paths.condition)
-    start = torch.zeros(4, dtype=torch.long)
-    found = lambda_returns(world, scene.table, paths.x, start, paths.condition, end, lam=1.0)
-    close(found.back, expected)
+    close(adjoints(scene, paths, end), expected)
     estimator = AdjointMatching(world, scene.log_reward, scene.table, chunk=3)
-    signal = estimator.prepare(scene.chosen)["adjoint"]
+    signal = estimator.prepare(scene.chosen)["return_next"]
     close(signal, expected[scene.chosen.row, scene.chosen.step + 1])
 
 
@@ -151,7 +177,7 @@ def test_adjoint_matching_loss_is_the_paper_s(scene: Scene) -> None:
     with scene.world.reference():
         eps_ref = scene.world.eps(batch.x, k.timestep, batch.condition)
     control = (kernels.mean(batch.x, eps, k) - kernels.mean(batch.x, eps_ref, k)) / k.std
-    expected = (control - k.std * batch.signals["adjoint"]).square().mean(1)
+    expected = (control - k.std * batch.signals["return_next"]).square().mean(1)
     close(scene.losses(estimator).terms["forward"], expected)
 
 
@@ -167,28 +193,56 @@ def test_terminal_gradient_is_that_of_the_own_path(scene: Scene) -> None:
 # ------------------------------------------------------------------------------ the return
 
 
-def test_returns_against_the_recursion_row_by_row(scene: Scene) -> None:
-    """G and v by one transition at a time, from the formulas."""
-    flow, lam, paths = scene.flow(), 0.6, scene.chosen.paths
-    estimator = scene.ours(flow, lam)
-    found = estimator.prepare(scene.chosen)
-    for i, (row, step) in enumerate(zip(scene.chosen.row, scene.chosen.step, strict=True)):
-        own = paths[row[None]]
+WINDOWS = [[0, 1, 2], [2, 3, 4], [4, 5, 6], [3, 4, 5]]  # the third ends at x_N
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("lam", "window"), [(0.6, False), (0.6, True), (0.0, True), (1.0, True)])
+def test_signals_against_the_recursion_row_by_row(
+    scene: Scene, lam: float, window: bool, frozen: bool
+) -> None:
+    """One transition at a time from the formulas, every quantity by a pass of its own."""
+    flow = PlaneFlow(scene.world.alphas_cumprod, 16, seed=5, hint=2)
+    randomise(list(flow.parameters()), 0.3, seed=6)
+    chosen = select(scene.chosen.paths, WINDOWS) if window else scene.chosen
+    found = scene.ours(flow, lam, window=window, frozen_guess=frozen, hint=True).prepare(chosen)
+
+    def value(x: Tensor, k: Step, condition: Condition) -> Tensor:
+        known = guess_at(scene, x, k, condition, frozen)
+        return known.gradient + flow(x, k.timestep, condition, known.x_clean).detach()
+
+    for i, (row, step) in enumerate(zip(chosen.row, chosen.step, strict=True)):
+        own = chosen.paths[row[None]]
+        stop = WINDOWS[int(row)][-1] + 1 if window else STEPS
         back = mixed = terminal_gradient(scene.log_reward, own.clean, own.condition)
-        for j in range(STEPS - 1, int(step) - 1, -1):
-            after = mixed
-            k = scene.table.at_step(j, own.x[:, j])
-            back = pull_back(scene.world, own.x[:, j], k, own.condition, mixed)
-            if j > int(step):
-                came = scene.table.at_step(j - 1, own.x[:, j])
-                with scene.world.reference():
-                    known = guess(
-                        scene.log_reward, scene.world, own.x[:, j], came, own.condition, "squared"
-                    ).gradient
-                v = known + flow(own.x[:, j], came.timestep_next, own.condition).detach()
-                mixed = (1 - lam) * v + lam * back
-        close(found["return"][i], back[0])
+        if stop < STEPS:
+            k = scene.table.at_step(stop, own.x[:, stop])
+            mixed = value(own.x[:, stop], k, own.condition)
+        for j in range(stop - 1, int(step) - 1, -1):
+            after, x = mixed, own.x[:, j]
+            k = scene.table.at_step(j, x)
+            back = pull_back(scene.world, x, k, own.condition, after)
+            mixed = (1 - lam) * value(x, k, own.condition) + lam * back
+        known = guess_at(scene, x, k, own.condition, frozen).gradient
+        with scene.world.reference():
+            eps_ref = scene.world.eps(x, k.timestep, own.condition)
         close(found["return_next"][i], after[0])
+        close(found["return_rest"][i], (back - known)[0])
+        close(found["eps_ref"][i], eps_ref[0])
+
+
+def test_the_loss_uses_the_frozen_prediction_of_the_sweep(scene: Scene) -> None:
+    """Without the signal it is evaluated again, to the same loss."""
+    estimator = scene.ours(scene.flow(), 0.6)
+    objective = MatchingObjective(scene.world, scene.table, estimator, strength=0.8)
+    signals = dict(estimator.prepare(scene.chosen))
+    handed_on = objective.losses(scene.chosen.transitions(signals)).total()
+    off = objective.losses(
+        scene.chosen.transitions({**signals, "eps_ref": signals["eps_ref"] + 1})
+    ).total()
+    del signals["eps_ref"]
+    close(handed_on, objective.losses(scene.chosen.transitions(signals)).total())
+    assert float((off - handed_on).abs().min()) > 1e-6
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -201,11 +255,8 @@ def test_the_flow_s_loss_is_the_distance_of_v_from_the_return(
     signals = estimator.prepare(scene.chosen)
     batch = scene.chosen.transitions(signals)
     k = scene.table.at(batch.step, batch.x)
-    if lam == 0:
-        v = estimator.value(batch.x_next, k, batch.condition)
-        back = pull_back(scene.world, batch.x, k, batch.condition, v)
-    else:
-        back = signals["return"]
+    v = signals["return_next"] if lam else estimator.value(batch.x_next, k, batch.condition)
+    back = pull_back(scene.world, batch.x, k, batch.condition, v)
     x = batch.x.clone().requires_grad_()
     if frozen:
         with scene.world.reference():
@@ -278,8 +329,7 @@ def test_bellman_s_equation_holds_where_the_value_is_linear() -> None:
     noise = rng.normal((STEPS + 1, 2), range(6), seed=0, purpose="noise", dtype=torch.float64)
     paths = rollout(world, table, noise, world.condition([""] * 6))
     slope = torch.tensor([1.0, -0.5], dtype=torch.float64).expand(6, 2)
-    start = torch.zeros(6, dtype=torch.long)
-    back = lambda_returns(world, table, paths.x, start, paths.condition, slope, lam=1.0).back
+    back = adjoints(Scene(world, table, select(paths, [[0]] * 6)), paths, slope)
     close(back, back[:1].expand_as(back))  # the same for every path: no variance
     for step in range(STEPS):
         k = table.at_step(step, paths.x[:, step])
@@ -315,9 +365,11 @@ def cost(scene: Scene, make) -> tuple[int, int]:
 
 def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
     """docs/nabla_db_lambda.md, with n = 3 transitions of 4 paths, N = 7, k₀ = 0; four of the
-    transitions are last ones, whose guess needs no denoiser."""
+    transitions are last ones, whose guess needs no denoiser. One of the four windows ends at x_N.
+    """
     transitions, paths, guesses = 12, 4, 2 * (12 - 4)
     flow = scene.flow()
+    windows = Scene(scene.world, scene.table, select(scene.chosen.paths, WINDOWS))
 
     def log_reward(policy: Policy) -> LogReward:
         return LogReward(policy, tilt, BETA)
@@ -328,11 +380,21 @@ def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
         "finetuned": cost(scene, lambda p: scene.ours(flow, 0.0, p, frozen_guess=False)),
         "adjoint": cost(scene, lambda p: AdjointMatching(p, log_reward(p), scene.table, chunk=4)),
         "terminal": cost(scene, lambda p: TerminalGradient(log_reward(p), chunk=4)),
+        "whole": cost(scene, lambda p: scene.ours(flow, 0.5, p)),
+        "window": cost(windows, lambda p: scene.ours(flow, 0.5, p, window=True)),
+        "window, finetuned": cost(
+            windows, lambda p: scene.ours(flow, 0.5, p, window=True, frozen_guess=False)
+        ),
+        "window, guess alone": cost(windows, lambda p: scene.ours(None, 0.5, p, window=True)),
     }
     assert found == {
         "no_flow": (3 * transitions + guesses, transitions),
         "lambda": (4 * transitions + guesses, 2 * transitions),
         "finetuned": (5 * transitions + guesses, 2 * transitions),
-        "adjoint": (3 * transitions + 2 * paths * (STEPS - 1), paths),
+        "adjoint": (2 * transitions + paths * (2 * STEPS - 1), paths),
         "terminal": (3 * transitions, paths),
+        "whole": (2 * transitions + paths * (3 * STEPS - 1), paths * (STEPS + 1)),
+        "window": (5 * transitions + paths - 2, transitions + paths),
+        "window, finetuned": (6 * transitions + 2 * paths - 2, transitions + paths),
+        "window, guess alone": (5 * transitions - 2, transitions),
     }

@@ -55,7 +55,7 @@ def held_by_update(config: Config, rows: int) -> float:
     modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
     known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     with Tracker([*known, chosen.paths.x, chosen.paths.eps]) as tracker:
-        trainer._accumulate(chosen, rows)
+        trainer.updater.accumulate(chosen, rows)
     return tracker.peak
 
 

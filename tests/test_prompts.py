@@ -212,7 +212,7 @@ def small(config: Config) -> Config:
 def test_a_run_trains_on_the_set_and_measures_what_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import nablagfn.evaluation as evaluation
+    import nablagfn.evaluation.samples as evaluation
 
     measured: set[str] = set()
     draw = evaluation.draw_paths

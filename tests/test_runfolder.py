@@ -12,7 +12,8 @@ from torch import nn
 
 from nablagfn import runfolder
 from nablagfn.checkpoint import CheckpointIO, Position, load_policy
-from nablagfn.config import Config, ConfigError
+from nablagfn.config import Config, ConfigError, GuardSettings
+from nablagfn.guard import Guard, Probe
 from nablagfn.runfolder import (
     RunFolder,
     check_same_settings,
@@ -73,9 +74,9 @@ def test_a_value_that_json_does_not_know_leaves_nothing(tmp_path: Path) -> None:
 def folder_with_metrics(path: Path, updates: int, cut: str = "") -> RunFolder:
     folder = RunFolder(path)
     for update in range(1, updates + 1):
-        folder.append_metrics({"update": update, "loss": 0.5 * update})
+        folder.append("metrics.jsonl", {"update": update, "loss": 0.5 * update})
     if cut:
-        with folder.metrics_file.open("a", encoding="utf-8") as file:
+        with (folder.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(cut)
     return folder
 
@@ -105,16 +106,18 @@ def test_truncation_keeps_whole_rows_up_to_the_checkpoint(
     tmp_path: Path, cut: str, updates: int, kept: list[int]
 ) -> None:
     folder = folder_with_metrics(tmp_path, 3, cut)
-    folder.truncate_metrics(updates)
+    folder.truncate(updates)
     assert updates_of(folder) == kept
-    folder.append_metrics({"update": updates + 1})
+    folder.append("metrics.jsonl", {"update": updates + 1})
     assert updates_of(folder) == [*kept, updates + 1]
-    assert all(json.loads(line) for line in folder.metrics_file.read_text().splitlines())
+    assert all(
+        json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()
+    )
 
 
 def test_truncating_a_new_run_makes_an_empty_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new")
-    folder.truncate_metrics(0)
+    folder.truncate(0)
     assert folder.metrics() == []
 
 
@@ -213,7 +216,9 @@ def make_checkpoints(folder: Path, limit: int = 5, seed: int = 0) -> CheckpointI
     randomise([*policy.parameters(), *flow.parameters()], 0.3, seed)
     optimizer = torch.optim.AdamW([*policy.parameters(), *flow.parameters()], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return CheckpointIO(folder, policy, nn.ModuleDict({"flow": flow}), optimizer, scaler, limit)
+    guard = Guard(GuardSettings(min_diversity=0.5))
+    modules = nn.ModuleDict({"flow": flow})
+    return CheckpointIO(folder, policy, modules, optimizer, scaler, guard, limit)
 
 
 def step(parts: CheckpointIO) -> None:
@@ -265,6 +270,17 @@ def test_the_newest_checkpoint_is_loaded_and_the_oldest_are_removed(tmp_path: Pa
     count = len(other.policy.parameters())
     assert same(weights(other)[:count], kept[10][:count])
     assert same(weights(other)[count:], kept[100][count:])
+
+
+def test_the_best_checkpoint_outlives_newer_ones_and_its_fame_the_restart(tmp_path: Path) -> None:
+    parts = make_checkpoints(tmp_path, limit=2)
+    for update, reward in ((1, 0.0), (2, 5.0), (3, 1.0), (4, 2.0), (5, 3.0)):
+        parts.guard.judge(update, Probe(reward, 1.0, 0.0, 1.0))
+        parts.save(Position(0, update, 0.0))
+    assert names(tmp_path) == ["update_000002", "update_000004", "update_000005"]
+    other = make_checkpoints(tmp_path)
+    other.load_latest()
+    assert other.guard.best_checkpoint == "update_000002"
 
 
 def test_saving_the_same_update_again_replaces_it(tmp_path: Path) -> None:

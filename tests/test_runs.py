@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nablagfn.runfolder import RunFolder
 from tests.tiny_pipeline import save_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +138,12 @@ def test_two_processes_equal_one_with_both_batches(pipeline_folder: Path, tmp_pa
         assert a.keys() == b.keys()
         for name in ("reward", "loss_forward", "loss_reverse", "grad_norm", "grad_norm_own"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    (alone,), (shared,) = (RunFolder(f / "colourfulness_seed0").diagnostics() for f in (one, two))
+    assert shared["count"] == alone["count"]
+    for name in ("loss_forward", "guess_sq", "value_gradient_snr"):
+        first, second = ([v or 0.0 for v in row[name]] for row in (alone, shared))
+        assert any(first)
+        assert second == pytest.approx(first, rel=1e-3, abs=1e-6), name
     first, second = (weights(f / "colourfulness_seed0", 1) for f in (one, two))
     worst = max(float((first[name] - second[name]).abs().max()) for name in first)
     assert worst < 2e-4  # one AdamW step of 1e-3; a sign flip of a tiny gradient is 2e-3

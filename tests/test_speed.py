@@ -400,7 +400,7 @@ def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
         )
         trainer._observe(drawn)
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
-        metrics = trainer.update(chosen)
+        metrics = trainer.updater.update(chosen).metrics
         own = trainer.objective.modules.parameters()
         learned = [*trainer.policy.parameters(), *(p for p in own if p.requires_grad)]
         found.append((metrics, [p.grad for p in learned]))
@@ -451,7 +451,7 @@ def test_a_switch_changes_speed_and_not_the_run(
         weight = trainer.policy.unet.conv_in.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
     elif switch == "fused_optimizer":
-        assert all(group["fused"] for group in trainer.optimizer.param_groups)
+        assert all(group["fused"] for group in trainer.updater.optimizer.param_groups)
     else:
         assert trainer.policy._encoder_hook is not None
 
@@ -496,10 +496,10 @@ def test_the_8_bit_optimizer_trains_and_continues(tmp_path: Path) -> None:
         for count in epochs:
             trainer, found = trained(tmp_path / name, **wide, **{"training.num_epochs": count})
         runs.append(found)
-    assert trainer.optimizer.__class__.__name__ == "AdamW8bit"
+    assert trainer.updater.optimizer.__class__.__name__ == "AdamW8bit"
     moments = {
         value.dtype
-        for s in trainer.optimizer.state.values()
+        for s in trainer.updater.optimizer.state.values()
         for value in s.values()
         if isinstance(value, Tensor) and value.ndim > 1
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -55,12 +57,13 @@ def test_each_update_is_exactly_one_optimizer_step(
     """Two updates an epoch, two inner epochs, two epochs: eight steps, counted by AdamW itself."""
     trainer = make_trainer(small_config(tmp_path, **{"training.num_inner_epochs": 2}))
     calls = []
-    step = trainer.optimizer.step
-    monkeypatch.setattr(trainer.optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
+    optimizer = trainer.updater.optimizer
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda *a, **k: (calls.append(1), step())[1])
     result = trainer.fit()
     assert result.updates == 8
     assert len(calls) == 8
-    assert all(state["step"] == 8 for state in trainer.optimizer.state.values())
+    assert all(state["step"] == 8 for state in optimizer.state.values())
     assert [row["update"] for row in trainer.folder.metrics()] == list(range(1, 9))
 
 
@@ -129,9 +132,9 @@ def test_settings_that_change_the_result_are_refused_on_resume(tmp_path: Path) -
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
     make_trainer(small_config(tmp_path)).fit()
     folder = RunFolder(tmp_path / "colourfulness_seed0")
-    before = folder.metrics_file.read_bytes()
+    before = (folder.path / "metrics.jsonl").read_bytes()
     assert make_trainer(small_config(tmp_path)).fit().updates == 4
-    assert folder.metrics_file.read_bytes() == before
+    assert (folder.path / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(("factor", "message"), [(float("nan"), "the reward"), (1e38, "gradient")])
@@ -183,4 +186,84 @@ def test_measuring_before_equals_the_frozen_model_and_grids_are_written(tmp_path
     assert result.before.reward_mean == pytest.approx(mean, abs=1e-7)
     assert result.after.reward_mean != pytest.approx(mean, abs=1e-7)
     names = {path.name for path in trainer.folder.grids.iterdir()}
-    assert names == {"before.png", "after.png", "epoch_00001.png", "epoch_00002.png"}
+    epochs = {f"epoch_{epoch:05d}.png" for epoch in (0, 1, 2)}
+    assert names == {"before.png", "after.png"} | epochs
+
+
+def destructive(images, prompts, metadata):
+    """Every picture grey: the reward of a model without diversity."""
+    return -(images - 0.5).square().mean((1, 2, 3))
+
+
+def guarded(out: Path, **options: object) -> Trainer:
+    """Direct backpropagation of a reward that wants sameness, measured every epoch."""
+    settings = {
+        "experiment.method": "draft-k",
+        "method.draft_steps": 4,
+        "training.num_epochs": 8,
+        "training.lr": 0.03,
+        "logging.eval_freq": 1,
+        "logging.save_freq": 100,
+        "logging.num_samples": 6,
+        "sampling.guidance_scale": 1.0,
+        **options,
+    }
+    policy = StableDiffusionPolicy(make_pipeline(), guidance_scale=1.0)
+    return Trainer(policy, destructive, PROMPTS, small_config(out, **settings), show_progress=False)
+
+
+def updates_and_kl(trainer: Trainer) -> list[tuple[int, float]]:
+    rows = trainer.folder.metrics()
+    return [(row["update"], row["probe_path_kl"]) for row in rows if "probe_path_kl" in row]
+
+
+def test_the_guard_stops_a_run_and_gives_back_its_best_model(tmp_path: Path) -> None:
+    """The same run with and without a budget that it exceeds half way."""
+    free = guarded(tmp_path / "free")
+    assert free.fit().updates == 16
+    path = updates_and_kl(free)
+    assert [update for update, _ in path] == list(range(2, 17, 2))
+    assert all(a < b for (_, a), (_, b) in itertools.pairwise(path))
+    budget = (path[3][1] * path[4][1]) ** 0.5
+    held = guarded(tmp_path / "held", **{"guard.max_path_kl": budget})
+    result = held.fit()
+    assert result.finished and result.updates == 10
+    assert updates_and_kl(held) == path[:5]
+    said = held.folder.read_json("guard.json")
+    assert said["stopped"] and said["best"]["update"] <= 8
+    assert said["events"][0]["update"] == 10 and "stopped" in said["events"][0]["text"]
+    assert held.folder.result_checkpoint() == said["best"]["checkpoint"]
+    kept = load_file(held.folder.checkpoints / said["best"]["checkpoint"] / "policy.safetensors")
+    now = held.policy.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in kept.items())
+    again = guarded(tmp_path / "held", **{"guard.max_path_kl": budget})
+    assert again.fit().updates == 10
+    wider = guarded(tmp_path / "held", **{"guard.max_path_kl": 1e9})
+    assert wider.fit().updates == 16
+
+
+def test_a_held_out_reward_that_falls_stops_the_run(tmp_path: Path) -> None:
+    """Grey pictures lose contrast, which is watched by name and not trained on."""
+    options = {"evaluation.held_out_rewards": ("contrast",), "guard.max_held_out_drop": 0.2}
+    trainer = guarded(tmp_path, **options, **{"training.num_epochs": 20})
+    result = trainer.fit()
+    values = [
+        row["probe_reward_contrast"] for row in trainer.folder.metrics() if "probe_reward" in row
+    ]
+    assert values[-1] < values[0] and result.updates < 40
+    best = trainer.folder.read_json("guard.json")["best"]
+    assert best["watched"] == max(values[:-1])
+
+
+def test_lowering_beta_is_halving_the_reward(tmp_path: Path) -> None:
+    """After the guard has acted, guess and loss are those of half the reward scale."""
+    settings = {"experiment.method": "nabla-db", "model.no_flow": True, "training.num_epochs": 2}
+    settings |= {"training.lr": 1e-5, "guard.max_path_kl": 1e-300}
+    plain = guarded(tmp_path / "a", **settings | {"guard.max_path_kl": 0.0})
+    calmed = guarded(tmp_path / "b", **settings | {"guard.action": "lower-beta"})
+    plain.fit()
+    calmed.fit()
+    one, other = plain.folder.metrics(), calmed.folder.metrics()
+    assert calmed.folder.read_json("guard.json")["events"][0]["update"] == 2
+    assert other[1]["guess_sq"] == one[1]["guess_sq"]
+    assert other[3]["guess_sq"] == pytest.approx(one[3]["guess_sq"] / 4, rel=1e-3)

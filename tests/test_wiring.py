@@ -62,15 +62,15 @@ def test_gradients_of_lora_and_flow_are_clipped_apart(
     config = small_config(tmp_path, **{"training.max_grad_norm": 1e-3, "training.num_epochs": 1})
     trainer = make_trainer(config)
     seen = []
-    step = trainer.optimizer.step
+    step = trainer.updater.optimizer.step
 
     def watch(*args: object, **options: object) -> None:
-        for group in trainer.optimizer.param_groups:
+        for group in trainer.updater.optimizer.param_groups:
             grads = [p.grad.flatten() for p in group["params"] if p.grad is not None]
             seen.append(float(torch.cat(grads).norm()))
         step()
 
-    monkeypatch.setattr(trainer.optimizer, "step", watch)
+    monkeypatch.setattr(trainer.updater.optimizer, "step", watch)
     trainer.fit()
     assert len(seen) == 4
     assert seen == pytest.approx([1e-3] * 4, rel=1e-3)

@@ -21,6 +21,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from nablagfn import kernels, rng, worlds
 from nablagfn.config import ConfigError
 from nablagfn.kernels import KernelTable
+from nablagfn.metrics.prior import mmd2, rbf_widths
 from nablagfn.worlds import measures
 from nablagfn.worlds.measure import distances, floors, measure, of_prompt
 from nablagfn.worlds.mixture import Mixture, Quadratic, Tilted, tilted
@@ -301,8 +302,8 @@ def test_mmd2_by_brute_force() -> None:
     xx, yy = sum(k(a, b) for a in x for b in x), sum(k(a, b) for a in y for b in y)
     biased = xx / 36 + yy / 81 - 2 * cross
     unbiased = (xx - 6) / 30 + (yy - 9) / 72 - 2 * cross
-    assert float(measures.mmd2(x, y, widths)) == pytest.approx(biased, abs=1e-12)
-    assert float(measures.mmd2(x, y, widths, unbiased=True)) == pytest.approx(unbiased, abs=1e-12)
+    assert float(mmd2(x, y, widths)) == pytest.approx(biased, abs=1e-12)
+    assert float(mmd2(x, y, widths, unbiased=True)) == pytest.approx(unbiased, abs=1e-12)
 
 
 def test_mmd2_of_two_gaussians_in_closed_form() -> None:
@@ -315,19 +316,19 @@ def test_mmd2_of_two_gaussians_in_closed_form() -> None:
         return w**2 / (w**2 + s) * math.exp(-m2 / (2 * (w**2 + s)))
 
     exact = kernel(2, 0) + kernel(2 * 0.49, 0) - 2 * kernel(1.49, 1.25)
-    found = float(measures.mmd2(x, y, (w,), unbiased=True))
+    found = float(mmd2(x, y, (w,), unbiased=True))
     assert found == pytest.approx(exact, abs=0.04)  # five times about 0.3/√n
-    assert float(measures.mmd2(x, x, (w,))) == pytest.approx(0, abs=1e-12)
+    assert float(mmd2(x, x, (w,))) == pytest.approx(0, abs=1e-12)
     again = torch.randn(n, 2, generator=generator(2), dtype=torch.float64)
-    assert abs(float(measures.mmd2(x, again, (w,), unbiased=True))) < 1e-3
+    assert abs(float(mmd2(x, again, (w,), unbiased=True))) < 1e-3
     floor = 2 * (1 - kernel(2, 0)) / n
-    assert float(measures.mmd2(x, again, (w,))) == pytest.approx(floor, rel=0.8)
+    assert float(mmd2(x, again, (w,))) == pytest.approx(floor, rel=0.8)
 
 
 def test_widths_follow_the_median_distance() -> None:
     y = torch.randn(500, 3, generator=generator())
     median = float(torch.pdist(y).median())
-    assert measures.rbf_widths(y) == pytest.approx((median / 4, median / 2, median))
+    assert rbf_widths(y) == pytest.approx((median / 4, median / 2, median))
 
 
 def test_sliced_wasserstein_of_a_shift() -> None:
@@ -379,7 +380,7 @@ def test_floors_are_what_theory_says() -> None:
     ring, gaussian = target_of(worlds.load("ring-quadratic")), target_of(worlds.load("gaussian"))
     assert floors(ring, rows)["mode_kl"] == pytest.approx(7 / (2 * rows), rel=0.6)
     assert floors(gaussian, rows)["gaussian_kl"] == pytest.approx(14 / (2 * rows), rel=0.6)
-    widths = measures.rbf_widths(ring.resample(500, generator()))
+    widths = rbf_widths(ring.resample(500, generator()))
     a, b = ring.resample(3000, generator(1)).double(), ring.resample(3000, generator(2)).double()
     square = (a - b).square().sum(1)
     kernel = torch.stack([(square / (-2 * w**2)).exp().mean() for w in widths]).mean()
@@ -404,13 +405,34 @@ def test_exact_samples_measure_near_the_floor_and_the_pretrained_far_above(name:
     assert set(bad) == set(good) and good["target_ess"] > COUNT / 10
 
 
+def measured(targets: dict[str, Target], samples: dict[str, Tensor]) -> dict[str, float]:
+    return measure([of_prompt(targets[prompt], x) for prompt, x in samples.items()])
+
+
+def test_what_is_kept_of_the_yardsticks_changes_no_distance() -> None:
+    """Against the plain functions, on the same draws."""
+    target = target_of(worlds.load("ring"))
+    draws = rng.generator(0, "yardstick")
+    drawn = [target.resample(1500, draws).double() for _ in range(4)]
+    widths = rbf_widths(target.resample(1000, rng.generator(0, "widths")))
+    for x in (target.base[:1500].double(), target.resample(1500, generator(3)).double()):
+        found = distances(target, x)
+        mmd = [float(mmd2(x[:1000], y[:1000], widths)) for y in drawn]
+        swd = [
+            float(measures.sliced_wasserstein(x, y, 128, rng.generator(0, "directions")))
+            for y in drawn
+        ]
+        assert found["mmd2"] == pytest.approx(sum(mmd) / 4, rel=1e-9)
+        assert found["swd"] == pytest.approx(sum(swd) / 4, rel=1e-9)
+
+
 def test_the_worst_prompt_counts() -> None:
     world = worlds.load("prompts")
     targets = {prompt: target_of(world, i) for i, prompt in enumerate(world.prompts)}
     samples = {prompt: target.resample(500, generator(9)) for prompt, target in targets.items()}
-    good = measure(targets, samples)
+    good = measured(targets, samples)
     first, second, third = world.prompts
-    swapped = measure(targets, {**samples, first: samples[second]})
+    swapped = measured(targets, {**samples, first: samples[second]})
     alone = of_prompt(targets[first], samples[second])
     assert swapped["mmd2_ratio"] == alone["mmd2_ratio"] > 10 * good["mmd2_ratio"]
     assert swapped["mode_kl"] == alone["mode_kl"] > 10 * good["mode_kl"]
@@ -695,7 +717,7 @@ def test_the_view_measures_and_draws(tmp_path: Path) -> None:
     figures = view.measures(x, prompts)
     samples = {p: drawn[150 * i : 150 * (i + 1)] for i, p in enumerate(world.prompts)}
     targets = {p: view.target(p) for p in world.prompts}
-    plain = measure(targets, samples)  # the rows of a prompt come in another order
+    plain = measured(targets, samples)  # the rows of a prompt come in another order
     assert set(figures) == set(plain)
     assert figures["mode_kl"] == pytest.approx(plain["mode_kl"])
     assert figures["swd"] == pytest.approx(plain["swd"])

@@ -5,7 +5,8 @@
 Each run is `nablagfn train --config=demo` with a method and a reward scale: the same number of
 updates, trajectories and seed for all, measured on the same prompts and seeds. Methods without a
 prior term have no use for a scale (AdamW and the advantage's normalisation take it out), so they
-run once. Finished runs are kept; docs/frontier.md is written from their files.
+run once. Finished runs are kept; docs/frontier.md and OUT/comparison.html are written from their
+files.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads e
 import matplotlib
 from proofs import carry_out_all, safe_name
 
+from nablagfn.report import compare
 from nablagfn.runfolder import RunFolder
 
 matplotlib.use("agg")
@@ -191,6 +193,9 @@ def main() -> None:
     if not arguments.only_write:
         failures = carry_out_all(runs(), arguments.out, arguments.processes)
     print(f"wrote {write(arguments.out, arguments.docs)}")
+    done = [run.folder(arguments.out) for run in runs() if run.done(arguments.out)]
+    if done:  # the same as `nablagfn report RUN… --out …`
+        print(f"wrote {compare(done, arguments.out / 'comparison.html')}")
     if failures:
         raise SystemExit(f"{len(failures)} runs ended early")
 

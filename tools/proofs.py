@@ -4,6 +4,7 @@
 
 Each run is `nablagfn train --config=worlds/NAME` with options; finished runs are kept, so that an
 interrupted proof goes on where it stopped. Everything in docs/proofs.md comes from their files.
+proof.json in a run's folder says that it ended, how, and how many CPU seconds it took.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from nablagfn.runfolder import RunFolder
 SEEDS = (0, 1, 2)
 COMPARED = 100  # updates of the comparison
 FULL = 1000  # updates of the claim
-SAME_COST = 500  # updates of Adjoint Matching for the model evaluations of the claim
+SAME_COST = 445  # updates of Adjoint Matching for the model evaluations of the claim
 WORLDS = ("ring", "ring-quadratic", "gaussian", "mixture-16d", "prompts")
 PROBES = {"claim": 5, "compared": 4, "study": 1}  # measurements of each run
 OURS, ADJOINT = "∇-DB(λ)", "Adjoint Matching"
@@ -46,6 +48,7 @@ METHODS: dict[str, dict[str, object]] = {
     "DRaFT-LV": {"experiment.method": "draft-lv"},
     "AlignProp": {"experiment.method": "alignprop"},
 }
+RECORD = "proof.json"
 DIVERGED = "is not finite"  # an outcome: without a prior, a linear reward has no maximum
 CLAIMED = {OURS: FULL, ADJOINT: SAME_COST}
 SCATTERED: dict[str, object] = {"method.window": 0, "method.return_lambda": 0.0}
@@ -97,11 +100,14 @@ class Run:
         return RunFolder(out / self.table / name)
 
     def done(self, out: Path) -> bool:
-        evaluation = self.folder(out).read_json("evaluation.json") or {}
-        return evaluation.get("updates") == self.updates
+        """Whether it ended with figures: the last probe's, and for the claim a picture."""
+        record = self.folder(out).read_json(RECORD)
+        return record is not None and not record["diverged"]
 
     def arguments(self, out: Path) -> list[str]:
+        pictured: dict[str, object] = {"evaluation.num_prompts": 0} if self.table != "claim" else {}
         options = {
+            **pictured,
             **dict(self.options),
             "training.num_epochs": self.updates,
             "logging.sample_freq": max(1, self.updates // PROBES[self.table]),
@@ -118,7 +124,9 @@ class Run:
 
 
 def runs(worlds: Sequence[str]) -> list[Run]:
-    """Every run of the three tables, the claim first."""
+    """Every run of the three tables: our claim first, then seed by seed, so that a proof that was
+    interrupted has whole tables of fewer seeds.
+    """
     found = []
     for world in worlds:
         for seed in SEEDS:
@@ -131,11 +139,14 @@ def runs(worlds: Sequence[str]) -> list[Run]:
         for label, options in STUDY.items():
             pairs = tuple(options.items())
             found += [Run("study", STUDIED, label, seed, COMPARED, pairs) for seed in SEEDS]
-    return sorted(found, key=lambda run: run.table != "claim")
+    ours = ("claim", OURS)
+    return sorted(found, key=lambda run: ((run.table, run.label) != ours, run.seed, run.table))
 
 
 class Job(Protocol):
     """A training of a proof."""
+
+    def folder(self, out: Path) -> RunFolder: ...
 
     def done(self, out: Path) -> bool: ...
 
@@ -143,23 +154,32 @@ class Job(Protocol):
 
 
 def carry_out(job: tuple[Job, Path]) -> str:
-    """One run through the command line of this very process; '' or what went wrong."""
+    """One run through the command line of this very process; '' or what went wrong.
+
+    Its CPU seconds are this process's since the last start of the run, imports included.
+    """
+    started = time.process_time()
     import torch
 
     from nablagfn.cli import main
 
     torch.set_num_threads(1)
     run, out = job
-    if run.done(out):
+    folder = run.folder(out)
+    if run.done(out) or folder.read_json(RECORD) is not None:
         return ""
-    said = io.StringIO()
+    said, diverged = io.StringIO(), False
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             main(run.arguments(out))
     except SystemExit:
         lines = said.getvalue().strip().splitlines()
         reason = lines[-1] if lines else "ended"
-        return "" if DIVERGED in reason else f"{run}: {reason}"
+        diverged = DIVERGED in reason
+        if not diverged:
+            return f"{run}: {reason}"
+    seconds = round(time.process_time() - started, 2)
+    folder.write_json(RECORD, {"diverged": diverged, "cpu_seconds": seconds})
     return ""
 
 

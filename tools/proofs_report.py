@@ -203,6 +203,16 @@ def draw_samples(runs: Sequence[Run], out: Path, world: str, path: Path) -> None
     plt.close(figure)
 
 
+def ended(runs: Sequence[Run], out: Path) -> dict[str, Any]:
+    """How many runs left the range of numbers, and the core-minutes of all that ended."""
+    records = [run.folder(out).read_json("proof.json") for run in runs]
+    known = [record for record in records if record is not None]
+    return {
+        "diverged": sum(record["diverged"] for record in known),
+        "core_minutes": round(sum(record["cpu_seconds"] for record in known) / 60),
+    }
+
+
 def write(runs: Sequence[Run], out: Path, docs: Path) -> Path:
     """docs/proofs.md and docs/images/; what has not been run is left out and said so."""
     images = docs / "images"
@@ -237,6 +247,7 @@ def write(runs: Sequence[Run], out: Path, docs: Path) -> Path:
         study=table(study, lambda points: points[-1]),
         done=sum(run.done(out) for run in runs),
         wanted=len(runs),
+        **ended(runs, out),
     )
     target = docs / "proofs.md"
     target.write_text(text, encoding="utf-8")

@@ -12,13 +12,14 @@ from .checkpoint import load_policy
 from .config import Config, ConfigError
 from .distributed import from_main_process, process_state, weight_dtype
 from .evaluation import PictureView, draw
+from .extractors import Extractor, embedded, load_extractor
 from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
 from .models.tune import tune
 from .prompts import PromptSet, load_prompts
 from .rewards import NamedReward
-from .runfolder import RunFolder, complete_checkpoints
+from .runfolder import RunFolder
 from .runlog import make_accelerator
 from .trainer import Trainer
 from .types import Policy, View
@@ -39,6 +40,13 @@ def check_names(config: Config) -> None:
                 f"{key}={value!r} does not go with config.pretrained.model={model!r}: a world has "
                 "its own reward and prompts (--config=worlds/NAME sets all three)"
             )
+    for name in config.evaluation.held_out_rewards:
+        try:
+            if worlds.is_world(model):
+                raise ConfigError("a world has its own reward and no other")
+            rewards.check_names(name)
+        except ConfigError as error:
+            raise ConfigError(f"config.evaluation.held_out_rewards={name!r}: {error}") from None
     if worlds.is_world(model):
         worlds.load(model)
     else:
@@ -59,11 +67,18 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     return rewards.resolve(name, device, config.reward.weights, config.reward)
 
 
-def build_view(config: Config) -> View:
-    """Points of a world beside its target, or pictures."""
+def build_extractor(config: Config, device: torch.device) -> Extractor:
+    """Of picture features, by `evaluation.extractor`; a world needs none and loads none."""
+    if worlds.is_world(config.pretrained.model):
+        return embedded
+    return load_extractor(config.evaluation.extractor, device, config.reward.weights)
+
+
+def build_view(config: Config, extractor: Extractor = embedded) -> View:
+    """Points of a world beside its target, or pictures and their features by `extractor`."""
     name = config.pretrained.model
     if not worlds.is_world(name):
-        return PictureView()
+        return PictureView(extractor)
     policy = WorldPolicy(worlds.load(name))
     return WorldView(policy.world, build_kernel(config, policy))
 
@@ -94,15 +109,21 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     prompts = build_prompts(config)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
-    reward = build_reward(config, accelerator.device)
+    device = accelerator.device
+    reward = build_reward(config, device)
+    held_out = rewards.resolve_all(
+        config.evaluation.held_out_rewards, device, config.reward.weights
+    )
+    view = build_view(config, build_extractor(config, device))
     return Trainer(
-        build_policy(config, accelerator.device),
+        build_policy(config, device),
         reward,
         prompts,
         config,
         folder=folder,
         accelerator=accelerator,
-        view=build_view(config),
+        view=view,
+        held_out=held_out,
     )
 
 
@@ -119,15 +140,9 @@ def side_by_side(
     Raises ConfigError when the run has no (such) checkpoint.
     """
     config = folder.config()
-    found = {path.name: path for path in complete_checkpoints(folder.checkpoints)}
-    if not found or (checkpoint and checkpoint not in found):
-        raise ConfigError(
-            f"{folder.path} has no checkpoint {checkpoint or 'yet'}; there is: "
-            + (", ".join(found) or "none")
-        )
-    name = checkpoint or max(found)
+    chosen = folder.checkpoint(checkpoint)
     policy = build_policy(config, process_state().device)
-    load_policy(policy, found[name])
+    load_policy(policy, chosen)
     table = build_kernel(config, policy)
     wanted = list(prompts) or list(PromptSet(tuple(folder.read_json("prompts.json"))).spread(4))
     rows = []
@@ -136,7 +151,7 @@ def side_by_side(
         with policy.reference():
             rows.append(draw(policy, table, repeated, seeds, seed=0))
         rows.append(draw(policy, table, repeated, seeds, seed=0))
-    target = out or folder.path / "samples" / f"{name}.png"
+    target = out or folder.path / "samples" / f"{chosen.name}.png"
     asked = [prompt for prompt in wanted for _ in range(2 * len(seeds))]
     build_view(config).save(torch.cat(rows), asked, target, len(seeds))
     return target

@@ -12,7 +12,8 @@ derived in docs/nabla_db_lambda.md. The λ-return along a drawn path mixes an es
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,62 +22,116 @@ from torch import Tensor
 from . import kernels
 from .kernels import KernelTable, Step
 from .types import Condition, Policy, Selection
+from .value_gradient import EPS_REF
 
-Value = Callable[[Tensor, Step, Condition], Tensor]
+
+@dataclass(frozen=True)
+class Pass:
+    """One model's ε(x_k), evaluated once; its graph from x serves every Jacobian product at x_k.
+
+    x, eps: [B, ...]; x requires grad. frozen: the pretrained model, not the finetuned one.
+    """
+
+    policy: Policy
+    x: Tensor
+    k: Step
+    condition: Condition
+    eps: Tensor
+    frozen: bool
+
+    @staticmethod
+    def at(policy: Policy, x: Tensor, k: Step, condition: Condition, *, frozen: bool) -> Pass:
+        """One forward pass."""
+        x = x.detach().requires_grad_()
+        with _model(policy, frozen), torch.enable_grad():
+            eps = policy.eps(x, k.timestep, condition)
+        return Pass(policy, x, k, condition, eps, frozen)
+
+    def mean(self) -> Tensor:
+        """m(x_k), [B, ...], with its graph."""
+        with torch.enable_grad():
+            return kernels.mean(self.x, self.eps, self.k)
+
+    def x_clean(self) -> Tensor:
+        """x̂(x_k), [B, ...], with its graph."""
+        with torch.enable_grad():
+            return kernels.predict_clean(self.x, self.eps, self.k.alpha_bar)
+
+    def product(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+        """Σ Jᵀ·cotangent over functions of (x, eps), [B, ...], detached: one backward pass."""
+        with _model(self.policy, self.frozen):
+            (found,) = torch.autograd.grad(outputs, self.x, cotangents, retain_graph=True)
+        return found
+
+    def pull_back(self, v: Tensor) -> Tensor:
+        """J_m(x_k)ᵀ v, [B, ...], detached: one backward pass."""
+        return self.product([self.mean()], [v])
 
 
-def pull_back(policy: Policy, x: Tensor, k: Step, condition: Condition, v: Tensor) -> Tensor:
-    """J_{m_#}(x_k)ᵀ v, detached, [B, ...]: one forward and one backward pass, frozen."""
-    x = x.detach().requires_grad_()
-    with policy.reference(), torch.enable_grad():
-        m = kernels.mean(x, policy.eps(x, k.timestep, condition), k)
-        (back,) = torch.autograd.grad(m, x, v)
-    return back
+def _model(policy: Policy, frozen: bool) -> AbstractContextManager[None]:
+    """Where `policy.eps` is that model."""
+    return policy.reference() if frozen else nullcontext()
+
+
+@dataclass(frozen=True)
+class Backed:
+    """What one step back found at x_k, [B, ...] each, or None where it was not asked for.
+
+    mixed: v_k. rest: G_k less the guess, which is what g_φ is fitted to.
+    """
+
+    mixed: Tensor | None = None
+    rest: Tensor | None = None
+
+
+# (ε_# at x_k, v_{k+1}, whether x_k is the stretch's first sample, whose v_k nobody learns from)
+Backup = Callable[[Pass, Tensor, bool], Backed]
+
+
+def adjoint(here: Pass, v_next: Tensor, at_start: bool) -> Backed:
+    """λ = 1 and nothing learned: v_k = G_k, the lean adjoint."""
+    return Backed() if at_start else Backed(mixed=here.pull_back(v_next))
 
 
 @dataclass(frozen=True)
 class Returns:
-    """G_k (`back`) and v_k (`mixed`) along a stretch of L transitions, [B, L+1, ...]."""
+    """Along a stretch of L transitions: v_k (`mixed`) [B, L+1, ...]; `rest` and ε_#(x_k)
+    (`eps_ref`) [B, L, ...]. Zero where the backup gave None.
+    """
 
-    back: Tensor
     mixed: Tensor
+    rest: Tensor
+    eps_ref: Tensor
 
 
-def lambda_returns(
+def returns(
     policy: Policy,
     table: KernelTable,
     x: Tensor,
     first: Tensor,
     condition: Condition,
     end: Tensor,
-    *,
-    lam: float,
-    value: Value | None = None,
+    backup: Backup,
 ) -> Returns:
-    """One sweep back over a stretch of each path.
+    """One sweep back over a stretch of each path; the frozen model is evaluated once per sample.
 
     x: [B, L+1, ...] the samples x_first … x_{first+L}; first: [B] integers. end: [B, ...] v at the
-    last of them. value: V(x_{k+1}) given the step k that led there; not needed for λ = 1. At the
-    stretch's first sample v is left equal to G: nobody learns from it.
+    last of them.
     """
-    back, mixed = torch.zeros_like(x), torch.zeros_like(x)
     length = x.shape[1] - 1
-    back[:, length] = mixed[:, length] = end
+    mixed, rest = torch.zeros_like(x), torch.zeros_like(x[:, :length])
+    eps_ref = torch.zeros_like(rest)
+    mixed[:, length] = end
     for j in range(length - 1, -1, -1):
-        k = table.at(first + j, x[:, j])
-        back[:, j] = mixed[:, j] = pull_back(policy, x[:, j], k, condition, mixed[:, j + 1])
-        if value is not None and j > 0:
-            v = value(x[:, j], table.at(first + j - 1, x[:, j]), condition)
-            mixed[:, j] = (1 - lam) * v + lam * back[:, j]
-    return Returns(back, mixed)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Of M chosen transitions: G_k at x_k, and v_{k+1} at x_{k+1}, [M, ...] each."""
-
-    here: Tensor
-    after: Tensor
+        here = Pass.at(policy, x[:, j], table.at(first + j, x[:, j]), condition, frozen=True)
+        eps_ref[:, j] = here.eps.detach()
+        found = backup(here, mixed[:, j + 1], j == 0)
+        del here  # its graph goes before the next comes
+        if found.mixed is not None:
+            mixed[:, j] = found.mixed
+        if found.rest is not None:
+            rest[:, j] = found.rest
+    return Returns(mixed, rest, eps_ref)
 
 
 def sweep(
@@ -85,11 +140,13 @@ def sweep(
     length: int,
     chunk: int,
     returns: Callable[[Tensor, Tensor, Condition], Returns],
-) -> Found:
-    """The returns over the stretch first .. first+length of each path, at the chosen transitions.
+) -> Mapping[str, Tensor]:
+    """Signals of the M chosen transitions, [M, ...] each: `return_next` v_{k+1}, `return_rest` at
+    x_k, and ε_#(x_k) for the matching loss.
 
-    first: [B] integers. chunk: paths at a time. returns: (x [b, length+1, ...], first [b],
-    condition) -> Returns. A transition that leads to its stretch's first sample only has `after`.
+    The returns are those over the stretch first .. first+length of each path, which holds its
+    chosen transitions. first: [B] integers. chunk: paths at a time. returns:
+    (x [b, length+1, ...], first [b], condition) -> Returns.
     """
     paths = chosen.paths
     parts = []
@@ -98,6 +155,8 @@ def sweep(
         x = paths.x[rows[:, None].to(paths.x.device), states.to(paths.x.device)]
         parts.append(returns(x, first[rows], paths.condition[rows]))
     row, j = chosen.row.to(paths.x.device), (chosen.step - first[chosen.row]).to(paths.x.device)
-    back = torch.cat([part.back for part in parts])
-    mixed = torch.cat([part.mixed for part in parts])
-    return Found(here=back[row, j.clamp(min=0)], after=mixed[row, j + 1])
+    return {
+        "return_next": torch.cat([part.mixed for part in parts])[row, j + 1],
+        "return_rest": torch.cat([part.rest for part in parts])[row, j],
+        EPS_REF: torch.cat([part.eps_ref for part in parts])[row, j],
+    }

@@ -3,7 +3,7 @@
 update_000010/pytorch_lora_weights.safetensors   for diffusers' load_lora_weights
 update_000010/policy.safetensors                 the same weights by the trainer's names
 update_000010/objective.safetensors              g_φ and whatever else the objective owns
-update_000010/optimizer.pt, state.json           moments; position
+update_000010/optimizer.pt, state.json           moments; position, guard
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .runfolder import complete_checkpoints
+from .guard import Guard
+from .runfolder import checkpoint_name, complete_checkpoints
 from .types import Policy
 
 
@@ -42,22 +43,27 @@ class Snapshot:
     modules: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
+    guard: dict[str, Any]
 
 
 @dataclass
 class CheckpointIO:
-    """Saves and loads the registered parts of a run under `folder`, keeping the newest `limit`."""
+    """Saves and loads the registered parts of a run under `folder`.
+
+    Keeps the newest `limit`, and the one that the guard calls the best.
+    """
 
     folder: Path
     policy: Policy
     modules: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     scaler: Any
+    guard: Guard
     limit: int = 5
 
     def save(self, position: Position) -> Path:
         """Write a checkpoint; it appears under its name only when complete."""
-        target = self.folder / f"update_{position.update:06d}"
+        target = self.folder / checkpoint_name(position.update)
         temporary = self.folder / f".{target.name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -66,12 +72,14 @@ class CheckpointIO:
         save_file(_plain(self.modules.state_dict()), temporary / "objective.safetensors")
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         torch.save(state, temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        where = {**asdict(position), "guard": self.guard.state_dict()}
+        (temporary / "state.json").write_text(json.dumps(where), encoding="utf-8")
         if target.exists():  # written by a run that was killed after this very point
             _remove(target)
         os.replace(temporary, target)
         for old in complete_checkpoints(self.folder)[: -self.limit]:
-            _remove(old)
+            if old.name != self.guard.best_checkpoint:
+                _remove(old)
         return target
 
     def snapshot(self, position: Position) -> Snapshot:
@@ -82,6 +90,7 @@ class CheckpointIO:
             copy.deepcopy(self.modules.state_dict()),
             copy.deepcopy(self.optimizer.state_dict()),
             dict(self.scaler.state_dict()),
+            copy.deepcopy(self.guard.state_dict()),
         )
 
     def restore(self, snapshot: Snapshot) -> Position:
@@ -90,6 +99,7 @@ class CheckpointIO:
         self.modules.load_state_dict(snapshot.modules)
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.scaler.load_state_dict(snapshot.scaler)
+        self.guard.load_state_dict(snapshot.guard)
         return snapshot.position
 
     def load_latest(self) -> Position:
@@ -103,7 +113,9 @@ class CheckpointIO:
         state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        return Position(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
+        where = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        self.guard.load_state_dict(where.pop("guard"))
+        return Position(**where)
 
 
 def load_policy(policy: Policy, checkpoint: Path) -> None:

@@ -247,7 +247,10 @@ class MethodSettings(Group):
 class RewardSettings(Group):
     """Where rewards find their weights, and how several become one."""
 
-    weights: str = Field("", description="folder with the rewards' weights; empty: the hub")
+    weights: str = Field(
+        "",
+        description="folder with the weights of rewards and feature extractors; empty: the hub",
+    )
     normalise: tuple[str, ...] = Field(
         (),
         description="NAME=MEAN/STD for each reward to standardise, in its own units, before it is "
@@ -316,6 +319,53 @@ class Evaluation(Group):
     batch_size: int = Field(
         0, ge=0, description="samples drawn at once when measuring; 0: sampling.batch_size"
     )
+    extractor: Literal["efficientnet-lite0", "clip", "dinov2", "dreamsim", "inception"] = Field(
+        "efficientnet-lite0",
+        description="network whose features measure diversity, drift and distance to the "
+        "pretrained model; all but efficientnet-lite0 (inside the package) need weights",
+    )
+    held_out_rewards: tuple[str, ...] = Field(
+        (),
+        description="rewards that are measured and not trained on, separated by commas; they tell "
+        "a better picture from an exploited reward",
+    )
+
+
+class GuardSettings(Group):
+    """Budgets of the fixed-seed samples; beyond one of them a run is stopped or calmed. All off
+    by default. The best checkpoint within the budgets is kept."""
+
+    min_diversity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the pretrained model's diversity that must be kept (0.85: 85 %); "
+        "0: no budget",
+    )
+    max_path_kl: float = Field(
+        0.0, ge=0, description="most KL of the sampling paths p_θ‖p_#, in nats; 0: no budget"
+    )
+    max_held_out_drop: float = Field(
+        0.0,
+        ge=0,
+        description="how far a reward of evaluation.held_out_rewards may fall below its best, in "
+        "standard deviations of the pretrained model's; 0: no budget",
+    )
+    patience: int = Field(
+        1, ge=1, description="measurements in a row beyond a budget before the guard acts"
+    )
+    action: Literal["stop", "lower-beta"] = Field(
+        "stop",
+        description="what it does: stop, or lower-beta (and stop if three times do not help)",
+    )
+    beta_factor: float = Field(
+        0.5, gt=0, lt=1, description="lower-beta: what β is multiplied by each time"
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether any budget is set."""
+        return bool(self.min_diversity or self.max_path_kl or self.max_held_out_drop)
 
 
 class Logging(Group):
@@ -330,10 +380,17 @@ class Logging(Group):
     save_freq: int = Field(5, ge=1, description="epochs between checkpoints")
     num_checkpoint_limit: int = Field(5, ge=1, description="checkpoints kept")
     sample_freq: int = Field(5, ge=0, description="epochs between sample grids; 0: none")
+    eval_freq: int = Field(
+        0,
+        ge=0,
+        description="epochs between measurements of the fixed-seed samples (reward, diversity, "
+        "drift, path KL; the guard looks at them); 0: with each sample grid",
+    )
     num_samples: int = Field(
         16,
         ge=1,
-        description="pictures in a sample grid, spread over prompts (at least one prompt's)",
+        description="pictures in a sample grid and a measurement, spread over prompts (at least "
+        "one prompt's)",
     )
     samples_per_prompt: int = Field(
         4, ge=2, description="pictures of each prompt in a sample grid; figures need at least 2"
@@ -359,6 +416,7 @@ class Config(Group):
     sampling: Sampling = Field(default_factory=Sampling)
     pretrained: Pretrained = Field(default_factory=Pretrained)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
     logging: Logging = Field(default_factory=Logging)
     saving: Saving = Field(default_factory=Saving)
 
@@ -369,6 +427,15 @@ class Config(Group):
             raise ConfigError(
                 f"config.sampling.eta={self.sampling.eta} has a meaning for "
                 "config.sampling.scheduler=ddim only"
+            )
+        if self.guard.max_held_out_drop and not self.evaluation.held_out_rewards:
+            raise ConfigError(
+                f"config.guard.max_held_out_drop={self.guard.max_held_out_drop:g} needs a reward "
+                "to watch: set config.evaluation.held_out_rewards"
+            )
+        if self.guard.active and not (self.logging.eval_freq or self.logging.sample_freq):
+            raise ConfigError(
+                "the guard needs measurements: set config.logging.eval_freq (epochs between them)"
             )
         if self.speed.fused_optimizer and self.training.optimizer != "adamw":
             raise ConfigError(

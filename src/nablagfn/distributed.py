@@ -88,12 +88,17 @@ def average_metrics(accelerator: Accelerator, metrics: Mapping[str, Tensor]) -> 
     return dict(zip(names, mean.tolist(), strict=True))
 
 
+def total(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The sum of a tensor over the processes, on all of them."""
+    if accelerator.num_processes == 1:
+        return value
+    added = accelerator.reduce(value.to(accelerator.device), reduction="sum")
+    assert isinstance(added, Tensor)
+    return added
+
+
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """True on every process when it is true on one."""
     if accelerator.num_processes == 1:
         return flag
-    total = accelerator.reduce(
-        torch.tensor([float(flag)], device=accelerator.device), reduction="sum"
-    )
-    assert isinstance(total, Tensor)
-    return bool(total.item() > 0)
+    return bool(total(accelerator, torch.tensor([float(flag)])).item() > 0)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .advice import advise
 from .config import Config
 from .evaluation import Evaluator, Measurement, Sample, summarise
+from .guard import Probe
+from .metrics.diversity import pairwise_distance
+from .metrics.drift import feature_drift
 from .progress import Bar
 from .prompts import PromptSet
 from .runfolder import RunFolder
 
 ROWS = 8  # prompts shown of those measured before and after
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A measurement during training: by metric name, and what the guard judges by."""
+
+    metrics: dict[str, float]
+    probe: Probe
 
 
 class Observer:
@@ -33,20 +47,53 @@ class Observer:
         self.prompts = prompts
         self.config = config
         self.show = show
+        self._base: list[Sample] | None = None
+        self._said: set[str] = set()
 
-    def probe(self, epoch: int, bar: Bar) -> dict[str, float]:
-        """A grid of fixed prompts and seeds, and its figures by metric name."""
-        bar.note("drawing samples")
-        each = self.config.logging.samples_per_prompt
-        count = max(1, self.config.logging.num_samples // each)
-        samples = self.evaluator.samples(repeat(self.prompts.spread(count), each))
-        figures = summarise(samples, self.evaluator.view)
-        self._save_grid(samples, f"epoch_{epoch:05d}", 2 * each)
+    def probe(self, epoch: int, bar: Bar, *, grid: bool) -> Seen:
+        """Draw the fixed prompts and seeds and measure them; grid: keep the pictures, too."""
+        bar.note("measuring")
+        if self._base is None:  # drawn again after a restart: it is the same
+            self._base = self._fixed(0, grid=self.config.logging.sample_freq > 0, reference=True)
+        base, now = self._base, self._fixed(epoch, grid=grid, reference=False)
+        figures = summarise(now, self.evaluator.view)
+        probe = Probe(
+            reward=figures.reward_mean,
+            diversity=figures.diversity,
+            path_kl=figures.path_kl,
+            base_diversity=float(pairwise_distance(features_of(base), prompts_of(base))),
+            held_out=figures.held_out,
+            base_held_out_std={name: held_out_std(base, name) for name in figures.held_out},
+        )
         bar.line(
             f"epoch {epoch}: reward {figures.reward_mean:.3f}, diversity {figures.diversity:.3f}"
             + ("" if figures.recognised is None else f", recognised {figures.recognised:.0%}")
         )
-        return {f"probe_{name}": value for name, value in figures.headline().items()}
+        named = {
+            **figures.headline(),
+            "diversity_kept": probe.diversity_kept,
+            "drift": float(feature_drift(features_of(now), features_of(base))),
+        }
+        return Seen({f"probe_{name}": value for name, value in named.items()}, probe)
+
+    def _fixed(self, epoch: int, *, grid: bool, reference: bool) -> list[Sample]:
+        """The fixed samples of the frozen model (`reference`) or of the policy as it is now."""
+        each = self.config.logging.samples_per_prompt
+        count = max(1, self.config.logging.num_samples // each)
+        asked = repeat(self.prompts.spread(count), each)
+        samples = self.evaluator.samples(asked, reference=reference)
+        if grid:
+            self._save_grid(samples, f"epoch_{epoch:05d}", 2 * each)
+        return samples
+
+    def advise(self, bar: Bar) -> None:
+        """Say, once each, what the figures logged so far give reason to."""
+        if not self.show:
+            return
+        for advice in advise(self.folder.metrics(), self.folder.diagnostics()):
+            if advice.kind not in self._said:
+                self._said.add(advice.kind)
+                bar.line(f"advice: {advice.text}")
 
     def before(self) -> Measurement | None:
         """The frozen model's figures; measured once in the life of a run folder."""
@@ -94,3 +141,17 @@ class Observer:
 def repeat(prompts: Sequence[str], times: int) -> list[str]:
     """Each prompt `times` times in a row."""
     return [prompt for prompt in prompts for _ in range(times)]
+
+
+def held_out_std(samples: Sequence[Sample], name: str) -> float:
+    """Standard deviation of a held-out reward over the samples."""
+    return float(torch.tensor([sample.held_out[name] for sample in samples]).std())
+
+
+def features_of(samples: Sequence[Sample]) -> Tensor:
+    """[n, D], in order."""
+    return torch.stack([sample.feature for sample in samples])
+
+
+def prompts_of(samples: Sequence[Sample]) -> list[str]:
+    return [sample.prompt for sample in samples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ def noise_of(paths: Trajectories, table: KernelTable, first: int) -> Tensor:
         k = table.at_step(step, x)
         drawn.append((paths.x[:, step + 1] - kernels.mean(x, paths.eps[:, step], k)) / k.std)
     return torch.stack(drawn, 1)
+
+
+def fingerprints(x: Tensor) -> list[str]:
+    """A digest of each sample's numbers, [B, ...] -> B strings: equal for equal samples."""
+    return [hashlib.blake2b(row.numpy(), digest_size=8).hexdigest() for row in x.float().cpu()]
 
 
 def replay(

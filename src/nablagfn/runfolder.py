@@ -1,10 +1,11 @@
 """A run folder and its files (torch-free): the report and other readers need nothing else.
 
-prompts.json        the prompt set
+prompts.json        the prompt set                  held_out.json   prompts never trained on
 config.json         every option as resolved        versions.json   packages and machine
-metrics.jsonl       one line per update             evaluation.json before/after figures
+metrics.jsonl       one line per update             diagnostics.jsonl the same by noise level
+evaluation.json     before/after and evaluate       guard.json     best checkpoint, what was done
 grids/              fixed-seed sample grids         checkpoints/    update_000010/...
-tensorboard/  samples/  report.html
+tensorboard/  samples/  evaluation/  report.html
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from filelock import FileLock, Timeout
 from .config import Config, ConfigError, flatten, merge
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
+GUARD = "guard.json"
+METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
+    "guard.",
     "logging.",
     "speed.",
     "saving.",
@@ -71,12 +75,13 @@ class RunFolder:
         return self.path / "grids"
 
     @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    def evaluation(self) -> Path:
+        """Samples of evaluated models: base/, update_000010/, …"""
+        return self.path / "evaluation"
 
     @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def exists(self) -> bool:
@@ -85,14 +90,14 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[Any]:
         """Hold the folder, made if need be, for this process until the context ends.
 
-        Raises ConfigError when another process trains in it.
+        Raises ConfigError when another process has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             return FileLock(self.path / ".lock").acquire(timeout=0)
         except Timeout:
             raise ConfigError(
-                f"another process is training in {self.path}: wait for it, or give another "
+                f"another process is at work in {self.path}: wait for it, or give another "
                 "--exp_name"
             ) from None
 
@@ -103,6 +108,13 @@ class RunFolder:
         """The content of a JSON file of the run, or None when it is not there."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def prompt_sets(self) -> tuple[list[str], list[str]]:
+        """Prompts trained on, and prompts held out. Raises ConfigError when there are none."""
+        prompts = self.read_json("prompts.json")
+        if not prompts:
+            raise ConfigError(f"{self.path} has no prompts.json: its run never started")
+        return prompts, self.read_json("held_out.json") or []
 
     def config(self) -> Config:
         """The resolved settings. Raises ConfigError when this is not a run folder."""
@@ -116,26 +128,61 @@ class RunFolder:
             raise ConfigError(f"{self.path}/config.json is damaged: it holds no settings")
         return merge(Config(), values)
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+    def result_checkpoint(self) -> str:
+        """Name of the checkpoint that the run stands for: the guard's best, else the newest; ''."""
+        names = [path.name for path in complete_checkpoints(self.checkpoints)]
+        best = ((self.read_json(GUARD) or {}).get("best") or {}).get("checkpoint", "")
+        return best if best in names else max(names, default="")
+
+    def checkpoint(self, name: str = "") -> Path:
+        """The folder of a checkpoint; by default of the one that the run stands for.
+
+        Raises ConfigError when there is none (of that name).
+        """
+        found = {path.name: path for path in complete_checkpoints(self.checkpoints)}
+        if not found or (name and name not in found):
+            raise ConfigError(
+                f"{self.path} has no checkpoint {name or 'yet'}; there is: "
+                + (", ".join(found) or "none")
+            )
+        return found[name or self.result_checkpoint()]
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """One more line of a .jsonl file."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All metric rows; a last line cut by a crash is left out."""
-        if not self.metrics_file.is_file():
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All lines of a .jsonl file; a last line cut by a crash is left out."""
+        file = self.path / name
+        if not file.is_file():
             return []
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
         return rows
 
-    def truncate_metrics(self, updates: int) -> None:
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric rows, one per update."""
+        return self.rows(METRICS)
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """What was logged by noise level, one row per update."""
+        return self.rows(DIAGNOSTICS)
+
+    def truncate(self, updates: int) -> None:
         """Drop rows of updates after the checkpoint that a resumed run starts from."""
-        kept = [row for row in self.metrics() if row["update"] <= updates]
-        write_atomic(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        for name in (METRICS, DIAGNOSTICS):
+            kept = [row for row in self.rows(name) if row["update"] <= updates]
+            write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def checkpoint_name(update: int) -> str:
+    """Folder name of the checkpoint after `update` updates."""
+    return f"update_{update:06d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from .config import Config, flatten
-from .runfolder import RunFolder
+from .runfolder import DIAGNOSTICS, METRICS, RunFolder
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
@@ -62,12 +62,13 @@ class RunLog:
             init_kwargs={"wandb": wandb} if logging.use_wandb else {},
         )
 
-    def write(self, update: int, row: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl and one point of every curve."""
+    def write(self, update: int, row: Mapping[str, Any], by_step: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl and diagnostics.jsonl, and one point of every curve."""
         if self.accelerator.is_main_process:
             finite = {  # strict JSON has no infinity (a skipped fp16 step has such a gradient)
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in row.items()
             }
-            self.folder.append_metrics({"update": update, **finite})
+            self.folder.append(METRICS, {"update": update, **finite})
+            self.folder.append(DIAGNOSTICS, {"update": update, **by_step})
         self.accelerator.log(dict(row), step=update)

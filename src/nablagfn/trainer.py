@@ -5,33 +5,35 @@ It names no objective, no model and no reward: `Policy`, `Reward` and `Objective
 
 from __future__ import annotations
 
-import math
 import time
-from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from . import backoff, distributed, report, runfolder
-from .checkpoint import CheckpointIO, Position
+from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
 from .config import Config, ConfigError, set_option
 from .counting import Counts, compilations, counted
 from .evaluation import Evaluator, Measurement, PictureView
+from .extractors import load_extractor
+from .guard import Guard, Tempered
 from .methods import build_kernel, build_objective
 from .models.locate import critics_of
 from .observe import Observer
-from .optimizers import build_optimizer, schedule_lr
+from .optimizers import schedule_lr
 from .progress import Bar, StopRequest, console
 from .prompts import PromptSet
-from .rewards import NamedReward, Scores, named
+from .rewards import NamedReward, Scores, named, resolve_all
+from .rollout import fingerprints
 from .runfolder import RunFolder
 from .runlog import RunLog, make_accelerator
-from .types import Policy, Reward, Selection, Trajectories, View
+from .types import Policy, Reward, Trajectories, View
+from .updater import TrainingError, Updater, require_finite
 
 
 def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
@@ -56,10 +58,6 @@ class Stopped(Exception):
     """A stop was requested within an epoch; the run goes on from the epoch's start."""
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line that says why and what to do."""
-
-
 @dataclass(frozen=True)
 class RunResult:
     """What `fit` returns. before, after: None without `evaluation.num_prompts` or the end."""
@@ -81,7 +79,8 @@ class Trainer:
 
     prompts: what the model is asked to draw. folder: the run folder (default:
     `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
-    view: how samples are measured and shown (default: as pictures).
+    view: how samples are measured and shown (default: as pictures). held_out: rewards to measure
+    beside the trained one, by name (`evaluation.held_out_rewards`).
     Raises ConfigError, before anything is written, when settings contradict each other.
     """
 
@@ -95,6 +94,7 @@ class Trainer:
         folder: RunFolder | None = None,
         accelerator: Accelerator | None = None,
         view: View | None = None,
+        held_out: Mapping[str, Reward] | None = None,
         show_progress: bool = True,
     ) -> None:
         reward = named(reward)
@@ -111,15 +111,11 @@ class Trainer:
         self.table = build_kernel(config, policy)
         self.counts = Counts()
         working = counted(policy, self.counts)
-        self.objective = build_objective(config, working, reward, prompts, self.table)
-        self._groups = [
-            policy.parameters(),
-            [p for p in self.objective.modules.parameters() if p.requires_grad],
-        ]
-        fused = config.speed.fused_optimizer
-        self.optimizer = build_optimizer(config.training, *self._groups, fused=fused)
-        self.scaler = distributed.gradient_scaler(config, self.accelerator.device)
-        self.rows = config.training.micro_batch or config.training.batch_size
+        self.guard = Guard(config.guard)
+        self.objective = build_objective(
+            config, working, Tempered(reward, self.guard), prompts, self.table
+        )
+        self.updater = Updater(self.accelerator, policy, self.objective, config)
         self.log = RunLog(self.accelerator, self.folder, config)
         self.collector = Collector(
             working,
@@ -129,27 +125,34 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.observer = self._make_observer(view or PictureView())
+        self.observer = self._make_observer(view, held_out)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
             self.objective.modules,
-            self.optimizer,
-            self.scaler,
+            self.updater.optimizer,
+            self.updater.scaler,
+            self.guard,
             limit=config.logging.num_checkpoint_limit,
         )
 
-    def _make_observer(self, view: View) -> Observer:
-        config = self.config
+    def _make_observer(self, view: View | None, held_out: Mapping[str, Reward] | None) -> Observer:
+        config, device = self.config, self.policy.device
+        wanted, weights = config.evaluation, config.reward.weights
+        if view is None:
+            view = PictureView(load_extractor(wanted.extractor, device, weights))
+        if held_out is None:
+            held_out = resolve_all(wanted.held_out_rewards, device, weights)
         evaluator = Evaluator(
             self.accelerator,
             self.policy,
             self.reward,
             self.table,
-            batch_size=config.evaluation.batch_size or config.sampling.batch_size,
-            seed=config.evaluation.seed,
+            batch_size=wanted.batch_size or config.sampling.batch_size,
+            seed=wanted.seed,
             view=view,
             critics=critics_of(config.pretrained.model),
+            held_out=held_out,
         )
         prompts = self.prompts.evaluation
         return Observer(evaluator, self.folder, prompts, config, show=self.show)
@@ -180,7 +183,7 @@ class Trainer:
                 "training", epochs * self.updates_per_epoch, position.update, show=self.show
             ) as bar,
         ):
-            while position.epoch < epochs:
+            while position.epoch < epochs and not self.guard.state.stopped:
                 start = self.checkpoints.snapshot(position)
                 try:
                     position = self._epoch(position, bar, stop)
@@ -188,16 +191,15 @@ class Trainer:
                     position = self.checkpoints.restore(start)
                     self._save(position)
                     break
-                if self._due(self.config.logging.save_freq, position.epoch):
-                    self._save(position)
+                self._save_if_due(position)
                 if untold:
                     bar.line(compilations())
                     untold = False
-        finished = position.epoch == epochs
-        after = self.observer.after(position.update) if finished else None
+        finished = position.epoch == epochs or self.guard.state.stopped
+        after = self.observer.after(self._take_best(position)) if finished else None
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            self.folder.truncate_metrics(position.update)
+            self.folder.truncate(position.update)
             report.build(self.folder)
         return RunResult(self.folder.path, position.update, finished, before, after)
 
@@ -206,11 +208,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_json("versions.json", self._versions())
             self.folder.write_json("prompts.json", list(self.prompts.prompts))
+            self.folder.write_json("held_out.json", list(self.prompts.held_out))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()
         if self.accelerator.is_main_process:
-            self.folder.truncate_metrics(position.update)
+            self.folder.truncate(position.update)
+        self._write_guard()
         self.log.open()
         if self.show and self.config.model.unet_reg_scale and self.updates_per_epoch == 1:
             console.print(
@@ -229,6 +233,27 @@ class Trainer:
         """True every `every` epochs and at the end; never for 0."""
         return every > 0 and (epoch % every == 0 or epoch == self.config.training.num_epochs)
 
+    def _save_if_due(self, position: Position) -> None:
+        """Every `logging.save_freq` epochs, at the end, and what the guard wants to keep."""
+        wanted = self.guard.best_checkpoint == runfolder.checkpoint_name(position.update)
+        stopped = self.guard.state.stopped
+        if wanted or stopped or self._due(self.config.logging.save_freq, position.epoch):
+            self._save(position)
+            self._write_guard()
+
+    def _write_guard(self) -> None:
+        if self.accelerator.is_main_process and self.config.guard.active:
+            self.folder.write_json(runfolder.GUARD, self.guard.state_dict())
+
+    def _take_best(self, position: Position) -> int:
+        """Make the guard's best checkpoint, if there is one, the policy; the updates behind it."""
+        best = self.guard.state.best
+        if best is None or best["update"] == position.update:
+            return position.update
+        load_policy(self.policy, self.folder.checkpoints / best["checkpoint"])
+        update: int = best["update"]
+        return update
+
     def _save(self, position: Position) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -246,24 +271,34 @@ class Trainer:
         scores = self._scores(drawn)
         drawn = replace(drawn, reward=scores.total)
         rewards = {**self._observe(drawn), **self._components(scores)}
-        self._require_finite(rewards["reward"], "the reward", "check the reward function")
+        require_finite(rewards["reward"], "the reward", "check the reward function")
         bar.note(f"reward {rewards['reward']:.3g}")
         for inner in range(self.config.training.num_inner_epochs):
             for chosen in self.collector.batches(drawn, epoch, inner, self.objective):
                 self._leave_if_asked(stop)
                 total = self.config.training.num_epochs * self.updates_per_epoch
-                schedule_lr(self.optimizer, self.config.training, update / total)
-                row = {**rewards, **self.update(chosen), **self.counts.take()}
+                schedule_lr(self.updater.optimizer, self.config.training, update / total)
+                done = self.updater.update(chosen)
+                row = {**rewards, **done.metrics, **self.counts.take()}
                 update += 1
                 seconds = position.seconds + time.perf_counter() - started
-                probe = {}
-                ended = bar.advance() == (epoch + 1) * self.updates_per_epoch
-                if ended and self._due(self.config.logging.sample_freq, epoch + 1):
-                    probe = self.observer.probe(epoch + 1, bar)
-                self.log.write(
-                    update, {"epoch": epoch + 1, **row, **probe, "seconds": round(seconds, 2)}
-                )
+                if bar.advance() == (epoch + 1) * self.updates_per_epoch:
+                    row |= self._look(epoch + 1, update, bar)
+                row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
+                self.log.write(update, row, done.by_step)
+        self.observer.advise(bar)
         return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
+
+    def _look(self, epoch: int, update: int, bar: Bar) -> dict[str, float]:
+        """Measure fixed-seed samples where an epoch ends that wants it, and let the guard judge."""
+        grid = self._due(self.config.logging.sample_freq, epoch)
+        if not grid and not self._due(self.config.logging.eval_freq, epoch):
+            return {}
+        seen = self.observer.probe(epoch, bar, grid=grid)
+        said = self.guard.judge(update, seen.probe)
+        if said:
+            bar.line(said)
+        return seen.metrics
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
         """On every process when one was asked to stop."""
@@ -285,71 +320,22 @@ class Trainer:
         )
 
     def _observe(self, drawn: Trajectories) -> dict[str, float]:
-        """Tell the objective this epoch's rewards; their mean and deviation, over all processes."""
+        """Tell the objective this epoch's rewards; their figures, over all processes."""
         assert drawn.reward is not None
-        pairs = zip(drawn.condition.prompts, drawn.reward.tolist(), strict=True)
-        prompts, values = zip(*distributed.gather(self.accelerator, list(pairs)), strict=True)
+        noise = fingerprints(drawn.x[:, 0])
+        mine = zip(drawn.condition.prompts, drawn.reward.tolist(), noise, strict=True)
+        prompts, values, starts = zip(
+            *distributed.gather(self.accelerator, list(mine)), strict=True
+        )
         reward = torch.tensor(values, device=drawn.x.device)
         self.objective.observe(prompts, reward)
-        return {"reward": float(reward.mean()), "reward_std": float(reward.std(unbiased=False))}
+        return {
+            "reward": float(reward.mean()),
+            "reward_std": float(reward.std(unbiased=False)),
+            "duplicates": float(len(starts) - len(set(starts))),
+        }
 
     def _components(self, scores: Scores) -> dict[str, float]:
         """Mean of each component of a composed reward, over all processes."""
         parts = {f"reward_{name}": value.mean() for name, value in scores.parts.items()}
         return distributed.average_metrics(self.accelerator, parts) if parts else {}
-
-    def update(self, chosen: Selection) -> dict[str, float]:
-        """One optimizer step on the transitions of this process; returns the logged metrics.
-
-        The loss is the mean over all transitions, whatever the micro-batch.
-        """
-        fitted = backoff.fit(lambda rows: self._accumulate(chosen, rows), self.rows, self._say)
-        self.rows = fitted.rows
-        return {**distributed.average_metrics(self.accelerator, fitted.value), **self._step()}
-
-    def _say(self, text: str) -> None:
-        """From every process: each has its own memory."""
-        console.print(f"process {self.accelerator.process_index}: {text}")
-
-    def _accumulate(self, chosen: Selection, rows: int) -> dict[str, Tensor]:
-        """The update's gradients, `rows` transitions at a time; sums of loss terms and metrics."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.limit_rows(rows)
-        batch = chosen.transitions(self.objective.prepare(chosen))
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.x.device))
-        learned = [p for group in self._groups for p in group]
-        for part in torch.arange(len(batch)).split(rows):
-            losses = self.objective.losses(batch[part])
-            loss = losses.total().sum() / len(batch)
-            self.scaler.scale(loss).backward(inputs=learned)  # and not on to x_k
-            sums["loss"] += loss.detach()
-            for name, value in losses.terms.items():
-                sums[f"loss_{name}"] += value.detach().sum() / len(batch)
-            for name, value in losses.metrics.items():
-                sums[name] += value.sum() / len(batch)
-        return sums
-
-    def _step(self) -> dict[str, float]:
-        """Average gradients over processes, clip each group, step once."""
-        parameters = [p for group in self._groups for p in group]
-        distributed.average_gradients(self.accelerator, parameters)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.training.max_grad_norm
-        norms = [nn.utils.clip_grad_norm_(group, limit) for group in self._groups if group]
-        if not self.scaler.is_enabled():  # the scaler skips such a step and lowers its scale
-            advice = "lower config.model.reward_scale or config.training.lr"
-            self._require_finite(float(sum(norms)), "the gradient", advice)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return {
-            name: float(norm)
-            for name, norm in zip(("grad_norm", "grad_norm_own"), norms, strict=False)
-        }
-
-    def _require_finite(self, value: float, what: str, advice: str) -> None:
-        """Before the weights are touched, on every process alike."""
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{what} is not finite: {advice}; earlier checkpoints, if any, are in "
-                f"{self.folder.checkpoints}"
-            )

@@ -144,11 +144,13 @@ class Losses:
     """What an objective returns for M transitions.
 
     terms: weighted loss terms by name, each [M]; their sum over names is what is minimised.
-    metrics: detached values by name, each [M], only logged.
+    metrics: detached values by name, each [M], only logged. vectors: detached vectors by name, each
+    [M, ...], of which the signal-to-noise ratio is logged.
     """
 
     terms: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def total(self) -> Tensor:
         """[M] the sum of the terms."""

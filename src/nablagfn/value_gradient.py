@@ -13,6 +13,7 @@ from .kernels import Step
 from .types import Selection, Transitions
 
 StepWeight = Literal["one", "std"]
+EPS_REF = "eps_ref"  # a signal of `prepare`: ε_#(x_k), which the loss then need not compute
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Evaluated:
     """M transitions with both models evaluated at x_k, once, for the loss and the estimator.
 
     x: [M, ...] x_k; requires grad when the estimator asked for it (`needs_input_graph`).
-    eps: [M, ...] ε_θ(x_k) with its graph. eps_ref: [M, ...] ε_#(x_k); its graph reaches x only.
-    ahead: what `Estimator.ahead` found, by name.
+    eps: [M, ...] ε_θ(x_k) with its graph. eps_ref: [M, ...] ε_#(x_k); its graph reaches x only,
+    and it has none when it came as a signal. ahead: what `Estimator.ahead` found, by name.
     """
 
     batch: Transitions
@@ -42,7 +43,11 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """A way to estimate the value gradient; it owns what it learns (`modules`)."""
+    """A way to estimate the value gradient; it owns what it learns (`modules`).
+
+    One that evaluates the frozen model at x_k in `prepare` hands it on as the signal EPS_REF; it
+    then must not ask for the input's graph.
+    """
 
     needs_input_graph: bool
     modules: nn.ModuleDict

@@ -1,4 +1,4 @@
-"""`nablagfn report RUN`."""
+"""`nablagfn report RUN…`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import ConfigError
 from .common import command
+
+COMPARISON = Path("comparison.html")
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "report", write_report, help="write RUN/report.html anew")
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser = command(
+        commands, "report", report, help="write RUN/report.html anew, or compare several runs"
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="a run folder")
+    parser.add_argument(
+        "--out", type=Path, default=None, help=f"of several runs; default: ./{COMPARISON}"
+    )
 
 
-def write_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """RUN/report.html from the run's files."""
-    from ..report import build
+def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """RUN/report.html from the run's files, or one file about several runs."""
+    from ..report import build, compare
     from ..runfolder import RunFolder
 
-    print(f"report: {build(RunFolder(arguments.run))}")
+    folders = [RunFolder(run) for run in arguments.runs]
+    if len(folders) > 1:
+        print(f"comparison: {compare(folders, arguments.out or COMPARISON)}")
+    elif arguments.out is not None:
+        raise ConfigError("--out is for several runs; the report of one is RUN/report.html")
+    else:
+        print(f"report: {build(folders[0])}")

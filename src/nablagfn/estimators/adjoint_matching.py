@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..bellman import Returns, lambda_returns, sweep
+from ..bellman import Returns, adjoint, returns, sweep
 from ..kernels import KernelTable
 from ..lookahead import LogReward, terminal_gradient
 from ..types import Condition, Policy, Selection
@@ -39,17 +39,16 @@ class AdjointMatching(Estimator):
         self.chunk = rows
 
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """a_{k+1} of every chosen transition."""
-        start = int(chosen.step.min()) + 1
+        """a_{k+1} and ε_#(x_k) of every chosen transition."""
+        start = int(chosen.step.min())
         first = torch.full((len(chosen.paths.condition),), start)
 
-        def adjoint(x: Tensor, first: Tensor, condition: Condition) -> Returns:
+        def adjoints(x: Tensor, first: Tensor, condition: Condition) -> Returns:
             end = terminal_gradient(self.log_reward, x[:, -1], condition)
-            return lambda_returns(self.policy, self.table, x, first, condition, end, lam=1.0)
+            return returns(self.policy, self.table, x, first, condition, end, adjoint)
 
-        length = self.table.num_steps - start
-        return {"adjoint": sweep(chosen, first, length, self.chunk, adjoint).after}
+        return sweep(chosen, first, self.table.num_steps - start, self.chunk, adjoints)
 
     def __call__(self, here: Evaluated) -> Estimate:
-        adjoint = here.batch.signals["adjoint"]
-        return Estimate(adjoint, metrics={"adjoint_sq": mean_square(adjoint)})
+        v = here.batch.signals["return_next"]
+        return Estimate(v, metrics={"adjoint_sq": mean_square(v)})

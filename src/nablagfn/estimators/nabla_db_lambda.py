@@ -12,15 +12,15 @@ transitions, which are then neighbours, and V ends the return where the window e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..bellman import Returns, lambda_returns, sweep
+from ..bellman import Backed, Pass, Returns, adjoint, returns, sweep
 from ..kernels import KernelTable, Step
-from ..lookahead import Attenuation, LogReward, attenuation, guess
+from ..lookahead import Attenuation, LogReward, attenuation, guess, terminal_gradient
 from ..types import Condition, Policy, Selection
 from ..value_gradient import (
     Estimate,
@@ -36,8 +36,8 @@ class NablaDBLambda(Estimator):
     """flow: g_φ, or None for the guess alone (λ = 1 over whole paths has no use for it). hint: g_φ
     also sees the guess's x̂(x), which is at hand.
 
-    frozen_guess: x̂ of the pretrained model (one backward pass then serves the guess and the
-    Bellman target at x_k) or of the finetuned one. window: transitions are chosen as a window.
+    frozen_guess: x̂ of the pretrained model (the guess and the Bellman target at x_k then pass
+    through the same ε_#) or of the finetuned one. window: transitions are chosen as a window.
     chunk: paths per sweep.
     """
 
@@ -68,14 +68,14 @@ class NablaDBLambda(Estimator):
         self.window = window
         self.hint = hint
         self.chunk = chunk
-        self.needs_input_graph = flow is not None
+        self.needs_input_graph = flow is not None and not self.sweeps
         self.modules = nn.ModuleDict({} if flow is None else {"flow": flow})
 
     def limit_rows(self, rows: int) -> None:
         self.chunk = rows
 
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """G_k and v_{k+1} of every chosen transition, where a sweep is needed."""
+        """v_{k+1}, g_φ's target and ε_#(x_k) of the chosen transitions; nothing without sweep."""
         if not self.sweeps:
             return {}
         count = len(chosen.paths.condition)
@@ -83,77 +83,95 @@ class NablaDBLambda(Estimator):
             steps = chosen.step.reshape(count, -1)
             first, length = steps[:, 0], steps.shape[1]
         else:
-            start = int(chosen.step.min()) + (self.flow is None)
+            start = int(chosen.step.min())
             first, length = torch.full((count,), start), self.table.num_steps - start
-        found = sweep(chosen, first, length, self.chunk, self.returns)
-        return {"return": found.here, "return_next": found.after}
+        return sweep(chosen, first, length, self.chunk, self.returns)
 
     def returns(self, x: Tensor, first: Tensor, condition: Condition) -> Returns:
         """The λ-return over a stretch of paths that ends in V: β∇r(x_N) at the clean end."""
         into_end = self.table.at(first + x.shape[1] - 2, x[:, -1])
         end = self.value(x[:, -1], into_end, condition)
-        value = self.value if self.lam < 1 else None
-        return lambda_returns(
-            self.policy, self.table, x, first, condition, end, lam=self.lam, value=value
-        )
+        needs_v = self.flow is not None or self.lam < 1
+        backup = self.backup if needs_v else adjoint
+        return returns(self.policy, self.table, x, first, condition, end, backup)
+
+    def backup(self, here: Pass, v_next: Tensor, at_start: bool) -> Backed:
+        """v_k and g_φ's target from v_{k+1}; the frozen guess needs no pass of its own.
+
+        The guess and G_k each take a backward pass; where only their difference counts, one does.
+        """
+        if at_start and self.flow is None:
+            return Backed()
+        guessing = here
+        if not self.frozen_guess:
+            guessing = Pass.at(self.policy, here.x, here.k, here.condition, frozen=False)
+        x_clean = guessing.x_clean()
+        slope = terminal_gradient(self.log_reward, x_clean, here.condition)
+        slope = attenuation(here.k.alpha_bar, self.mode) * slope
+        if at_start and self.frozen_guess:
+            return Backed(rest=here.product([here.mean(), x_clean], [v_next, -slope]))
+        known = guessing.product([x_clean], [slope])
+        back = here.pull_back(v_next)
+        value = known + self._learned(here.x, here.k.timestep, here.condition, x_clean)
+        return Backed(mixed=(1 - self.lam) * value + self.lam * back, rest=back - known)
 
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂(x_{k+1}), and the flow's own loss at x_k."""
         batch = here.batch
-        if not self.sweeps:
-            v = self.value(batch.x_next, here.k, batch.condition)
-        else:
+        if self.sweeps:
             v = batch.signals["return_next"]
+        else:
+            v = self.value(batch.x_next, here.k, batch.condition)
         metrics = {"value_gradient_sq": mean_square(v)}
         if self.flow is None:
             return Estimate(v, metrics=metrics)
+        target = batch.signals["return_rest"] if self.sweeps else self.flow_target(here, v)
         hint = (self._x_clean(here).detach(),) if self.hint else ()
         learned = self.flow(batch.x, here.k.timestep, batch.condition, *hint)
-        error = step_weight(here.k, self.weight) * (learned - self.flow_target(here, v))
+        error = step_weight(here.k, self.weight) * (learned - target)
         metrics["flow_sq"] = mean_square(learned.detach())
         return Estimate(v, terms={"bellman": mean_square(error)}, metrics=metrics)
 
     def value(self, x_next: Tensor, k: Step, condition: Condition) -> Tensor:
         """V(x_{k+1}), detached, [M, ...]; exact at the clean end."""
-        with self._guessing():
+        with self.policy.reference() if self.frozen_guess else nullcontext():
             known = guess(self.log_reward, self.policy, x_next, k, condition, self.mode)
-        if self.flow is None:
-            return known.gradient
-        hint = (known.x_clean,) if self.hint else ()
-        with torch.no_grad():
-            learned = self.flow(x_next, k.timestep_next, condition, *hint)
+        learned = self._learned(x_next, k.timestep_next, condition, known.x_clean)
         return known.gradient + torch.where(_rows(k.last, learned), 0.0, learned)
 
     def flow_target(self, here: Evaluated, v: Tensor) -> Tensor:
-        """G_k − β·γ_k·∇r(x̂(x_k)), detached, [M, ...].
+        """G_k − β·γ_k·∇r(x̂(x_k)) without a sweep, detached, [M, ...].
 
-        Without a sweep and with the frozen guess both terms pass through the same ε_#(x_k): one
-        backward pass with both cotangents.
+        With the frozen guess both terms pass through the same ε_#(x_k): one backward pass with
+        both cotangents.
         """
         with torch.enable_grad():
             value = self.log_reward(self._x_clean(here), here.batch.condition)
             m = kernels.mean(here.x, here.eps_ref, here.k)
         gamma = attenuation(here.k.alpha_bar, self.mode).flatten().to(value.dtype)
-        with self.policy.reference() if self.frozen_guess else nullcontext():
-            if self.sweeps:
-                (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
-                return here.batch.signals["return"] - known
-            if self.frozen_guess:
+        if self.frozen_guess:
+            with self.policy.reference():
                 (difference,) = torch.autograd.grad((m, value), here.x, (v, -gamma))
-                return difference
+            return difference
         (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
         with self.policy.reference():
             (back,) = torch.autograd.grad(m, here.x, v)
         return back - known
 
+    def _learned(
+        self, x: Tensor, timestep: Tensor, condition: Condition, x_clean: Tensor
+    ) -> Tensor:
+        """g_φ, detached, [M, ...]; zero without one."""
+        if self.flow is None:
+            return torch.zeros_like(x)
+        hint = (x_clean.detach(),) if self.hint else ()
+        with torch.no_grad():
+            return self.flow(x, timestep, condition, *hint)
+
     def _x_clean(self, here: Evaluated) -> Tensor:
         """x̂(x_k) of the model that guesses, [M, ...]."""
         eps = here.eps_ref if self.frozen_guess else here.eps
         return kernels.predict_clean(here.x, eps, here.k.alpha_bar)
-
-    def _guessing(self) -> AbstractContextManager[None]:
-        """Where `policy.eps` is the model that guesses."""
-        return self.policy.reference() if self.frozen_guess else nullcontext()
 
 
 def _rows(flags: Tensor, like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence loading bars and notices about the safety checker, which training never runs."""
+    """Silence bars and notices of diffusers and transformers (safety checker, unused encoders)."""
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:

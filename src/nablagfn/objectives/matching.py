@@ -10,13 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
 from ..kernels import KernelTable, Step
 from ..rollout import StepChoice
 from ..types import Losses, Objective, Policy, Selection, Transitions
-from ..value_gradient import Estimator, Evaluated, StepWeight, mean_square, step_weight
+from ..value_gradient import (
+    EPS_REF,
+    Estimator,
+    Evaluated,
+    StepWeight,
+    mean_square,
+    step_weight,
+)
 
 
 def residual_score(
@@ -70,12 +78,16 @@ class MatchingObjective(Objective):
         return self.estimator.prepare(chosen)
 
     def evaluate(self, batch: Transitions) -> Evaluated:
-        """Both models at x_k; the frozen one without a graph unless the estimator needs it."""
+        """Both models at x_k; the frozen one unless it came as a signal, and without a graph unless
+        the estimator needs it.
+        """
         k = self.table.at(batch.step, batch.x)
         graph = self.estimator.needs_input_graph
         x = batch.x.detach().requires_grad_(graph)
-        with self.policy.reference(), torch.set_grad_enabled(graph):
-            eps_ref = self.policy.eps(x, k.timestep, batch.condition)
+        eps_ref = batch.signals.get(EPS_REF)
+        if eps_ref is None:
+            with self.policy.reference(), torch.set_grad_enabled(graph):
+                eps_ref = self.policy.eps(x, k.timestep, batch.condition)
         ahead = self.estimator.ahead(batch, k, x, eps_ref)
         with torch.enable_grad():
             eps = self.policy.eps(x, k.timestep, batch.condition)
@@ -95,5 +107,10 @@ class MatchingObjective(Objective):
             "trust": self.trust * drift,
             **estimate.terms,
         }
-        metrics = {"residual_score_sq": mean_square(score).detach(), **estimate.metrics}
-        return Losses(terms=terms, metrics=metrics)
+        v = estimate.value_gradient.detach()
+        metrics = {
+            "residual_score_sq": mean_square(score).detach(),
+            "cosine": F.cosine_similarity(score.detach().flatten(1), v.flatten(1)),
+            **estimate.metrics,
+        }
+        return Losses(terms=terms, metrics=metrics, vectors={"value_gradient": v})

@@ -1,5 +1,5 @@
-"""The report of a run: one self-contained HTML file made from the run's files; no torch."""
+"""Reports: self-contained HTML files made from run folders, of one run or of several; no torch."""
 
-from .build import build
+from .render import build, compare
 
-__all__ = ["build"]
+__all__ = ["build", "compare"]

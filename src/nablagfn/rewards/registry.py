@@ -184,6 +184,19 @@ def resolve(
     return NamedReward(spec, function, all(reward.differentiable for reward in found))
 
 
+def resolve_all(
+    names: Sequence[str], device: torch.device, weights: str = ""
+) -> dict[str, NamedReward]:
+    """Rewards that are measured and not trained on, by name. Raises ConfigError like `resolve`."""
+    return {name: resolve(name, device, weights) for name in names}
+
+
+def check_names(spec: str) -> None:
+    """Is every reward of `spec` known? Loads nothing. Raises ConfigError."""
+    for term in parse(spec):
+        _check_name(spec, term.name)
+
+
 def _nothing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
     raise AssertionError("stands in for a reward that is loaded later")
 

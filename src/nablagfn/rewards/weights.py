@@ -1,6 +1,7 @@
-"""Where rewards find their weights: a folder (`reward.weights`), or pinned files on the hub.
+"""Where rewards and feature extractors find their weights: a folder (`reward.weights`), or pinned
+files on the hub.
 
-One folder serves all rewards: each `Part` has its own name in it. Digests are those that the hub
+One folder serves them all: each `Part` has its own name in it. Digests are those that the hub
 shows for the pinned commits.
 """
 
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..hub import HubFile, fetch
+from ..hub import HubFile, fetch, in_cache
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file or a folder that a reward needs. name: in the weights' folder. files: on the hub; the
-    files of a folder lie side by side there, too."""
+    """A file or a folder that one of them needs. name: in the weights' folder. files: on the hub;
+    the files of a folder lie side by side there, too."""
 
     name: str
     files: tuple[HubFile, ...]
@@ -58,6 +59,12 @@ PICKSCORE = _folder(
         "model.safetensors": "ef31ef6fc5ff4d9bb90dd232df4e145887ba62c5a03aa2841415f8c25f18d52e",
         **_WORDS,
     },
+)
+DINOV2 = _folder(  # its digest could not be had; the commit pins it
+    "dinov2",
+    "facebook/dinov2-base",
+    "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+    {"config.json": "", "model.safetensors": ""},
 )
 BERT_WORDS = _folder(
     "bert",
@@ -102,10 +109,13 @@ IMAGEREWARD = Part(
 
 @dataclass(frozen=True)
 class Finder:
-    """Finds the parts of the reward `reward`. weights: `reward.weights`, empty for the hub."""
+    """Finds the parts of the reward `name`, or of the extractor. weights: `reward.weights`, empty
+    for the hub. option: what named it."""
 
-    reward: str
+    name: str
     weights: str
+    kind: str = "reward"
+    option: str = "config.experiment.reward_fn"
 
     def find(self, *parts: Part) -> list[Path]:
         """Where each part lies. Raises ConfigError, before anything is loaded, for what is missing
@@ -118,17 +128,24 @@ class Finder:
                 paths = [fetch(file) for file in part.files]
             except ConfigError as error:
                 raise ConfigError(
-                    f"config.experiment.reward_fn={self.reward!r}: {error}; {self._help(parts)}"
+                    f"{self.option}={self.name!r}: {error}; {self._help(parts)}"
                 ) from None
             found.append(paths[0] if part.name.endswith((".pt", ".pth")) else paths[0].parent)
         return found
+
+    def available(self, *parts: Part) -> bool:
+        """Whether every part is there without a download."""
+        if self.weights:
+            root = Path(self.weights).expanduser()
+            return all(_exists(root / part.name) for part in parts)
+        return all(in_cache(file) is not None for part in parts for file in part.files)
 
     def _in_folder(self, parts: Sequence[Part]) -> list[Path]:
         root = Path(self.weights).expanduser()
         missing = [part for part in parts if not _exists(root / part.name)]
         if missing:
             raise ConfigError(
-                f"config.reward.weights={self.weights!r}: the reward {self.reward} needs "
+                f"config.reward.weights={self.weights!r}: the {self.kind} {self.name} needs "
                 f"{self._names(missing)} in it"
             )
         return [root / part.name for part in parts]
@@ -223,7 +240,7 @@ class Finder:
         text = str(error).strip()
         first = " ".join(text.splitlines()[:2]) if text else type(error).__name__
         return ConfigError(
-            f"config.reward.weights: the reward {self.reward} cannot use {path} ({first[:300]})"
+            f"config.reward.weights: the {self.kind} {self.name} cannot use {path} ({first[:300]})"
         )
 
 

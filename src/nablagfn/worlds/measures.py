@@ -1,4 +1,5 @@
 """Distances between samples of a policy and of its target. Pure functions; no policy, no world.
+MMD²: `metrics.prior`.
 
 n rows x [n, d] of the policy, m rows y [m, d] of the target.
 """
@@ -9,38 +10,6 @@ import torch
 from torch import Tensor
 
 PROJECTIONS = 128
-
-
-def rbf_widths(y: Tensor) -> tuple[float, ...]:
-    """¼, ½ and 1 times the median distance between rows of y [m, d] (Gretton et al. 2012, §8)."""
-    median = float(torch.pdist(y.double()).median())
-    return (median / 4, median / 2, median)
-
-
-def mmd2(x: Tensor, y: Tensor, widths: tuple[float, ...], *, unbiased: bool = False) -> Tensor:
-    """Squared maximum mean discrepancy, a scalar: mean k(x,x') + mean k(y,y') − 2·mean k(x,y).
-
-    k(a,b) = mean over widths w of exp(−‖a−b‖²/(2w²)), so values lie in [0, 2]. By default the
-    V-statistic: pairs of a row with itself count, so it is ≥ 0 and two samples of one
-    distribution give about (1 − E k)·(1/n + 1/m). `unbiased`: the U-statistic without those
-    pairs, about 0 then and at times below (Gretton et al. 2012, eq. 3 and 5).
-    x: [n, d], y: [m, d], n, m ≥ 2.
-    """
-    x, y = x.double(), y.double()
-    across = _mean_kernel(torch.cdist(x, y), widths)
-    return _within(x, widths, unbiased) + _within(y, widths, unbiased) - 2 * across
-
-
-def _mean_kernel(distance: Tensor, widths: tuple[float, ...]) -> Tensor:
-    """Mean of k over all given distances."""
-    square = distance.square()
-    return torch.stack([(square / (-2 * w**2)).exp_().mean() for w in widths]).mean()
-
-
-def _within(a: Tensor, widths: tuple[float, ...], unbiased: bool) -> Tensor:
-    """Mean of k over pairs of rows of one sample; k of a row with itself is 1."""
-    pairs = _mean_kernel(torch.pdist(a), widths)
-    return pairs if unbiased else (1 + (len(a) - 1) * pairs) / len(a)
 
 
 def sliced_wasserstein(
@@ -54,9 +23,23 @@ def sliced_wasserstein(
     """
     if len(x) != len(y):
         raise ValueError(f"sliced_wasserstein needs samples of equal size, not {len(x)}, {len(y)}")
-    u = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
-    u = (u / u.norm(dim=0)).to(x.device)
-    along_x, along_y = (x.double() @ u).sort(0).values, (y.double() @ u).sort(0).values
+    u = directions(x.shape[1], projections, generator).to(x.device)
+    return sorted_distance(sorted_along(x, u), sorted_along(y, u))
+
+
+def directions(dim: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random unit vectors, [count, dim] float64."""
+    u = torch.randn(dim, count, generator=generator, dtype=torch.float64)
+    return (u / u.norm(dim=0)).T
+
+
+def sorted_along(x: Tensor, u: Tensor) -> Tensor:
+    """uᵀx in rising order for every direction: x [n, d], u [P, d] -> [P, n] float64."""
+    return (u @ x.double().T).sort(1).values
+
+
+def sorted_distance(along_x: Tensor, along_y: Tensor) -> Tensor:
+    """√(mean over directions of W₂²) from the sorted projections [P, n] of both samples."""
     return (along_x - along_y).square().mean().sqrt()
 
 

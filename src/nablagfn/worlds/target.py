@@ -25,6 +25,7 @@ CHUNK = 5_000  # of them drawn at a time
 SEED = 0  # of the base samples: the target is no part of a run's randomness
 
 _base: dict[tuple[object, ...], Tensor] = {}
+_known: dict[tuple[object, ...], Target] = {}
 
 
 def base_samples(
@@ -35,8 +36,7 @@ def base_samples(
     They depend on the world and the table's coefficients alone. 200,000 draws of 64 steps take
     seconds.
     """
-    coefficients = tuple(torch.cat([table.c1, table.c2, table.std]).tolist())
-    key = (world.mixture, coefficients, count)
+    key = (world.mixture, _coefficients(table), count)
     if key not in _base:
         policy = WorldPolicy(world, device=device)
         with policy.reference():
@@ -47,6 +47,11 @@ def base_samples(
                 ]
             )
     return _base[key]
+
+
+def _coefficients(table: KernelTable) -> tuple[float, ...]:
+    """What the sampler's density depends on."""
+    return tuple(torch.cat([table.c1, table.c2, table.std]).tolist())
 
 
 def _chunk(policy: WorldPolicy, table: KernelTable, size: int, start: int) -> Tensor:
@@ -100,7 +105,18 @@ class Target:
         count: int = COUNT,
         device: torch.device | str = "cpu",
     ) -> Target:
-        """The target of the sampler `table`. Raises ConfigError for an unknown prompt."""
+        """The target of the sampler `table`, kept in memory: its floors and yardsticks are then
+        computed once in a process. Raises ConfigError for an unknown prompt.
+        """
+        key = (world, _coefficients(table), prompt, count)
+        if key not in _known:
+            _known[key] = Target._make(world, table, prompt, count, device)
+        return _known[key]
+
+    @staticmethod
+    def _make(
+        world: World, table: KernelTable, prompt: str, count: int, device: torch.device | str
+    ) -> Target:
         row = int(world.rows([prompt])[0])
         base = base_samples(world, table, count, device)
         rewards = world.reward(base.double(), torch.full((len(base),), row))

@@ -1,0 +1,22 @@
+"""Fixed-seed samples of a policy and what is measured of them: while it trains, before and after,
+and by `nablagfn evaluate`."""
+
+from .drawing import decoded, draw, draw_paths
+from .figures import Measured, Measurement, figures, per_prompt, summarise
+from .samples import Evaluator, Sample
+from .view import PictureView, thumbnails
+
+__all__ = [
+    "Evaluator",
+    "Measured",
+    "Measurement",
+    "PictureView",
+    "Sample",
+    "decoded",
+    "draw",
+    "draw_paths",
+    "figures",
+    "per_prompt",
+    "summarise",
+    "thumbnails",
+]

@@ -1,0 +1,139 @@
+"""Draw fixed-seed samples from the policy and measure each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..critics import AnimalClassifier
+from ..distributed import gather
+from ..kernels import KernelTable
+from ..path_kl import path_kl
+from ..types import Policy, Reward, View
+from .drawing import decoded, draw_paths
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured picture. recognised is None where no classifier knows the prompt.
+
+    path_kl: the KL of its path's steps against the pretrained model's, in nats; 0 for the latter.
+    held_out: rewards that were not trained on, by name.
+    """
+
+    index: int
+    prompt: str
+    reward: float
+    feature: Tensor
+    image: Tensor
+    recognised: bool | None
+    path_kl: float
+    held_out: Mapping[str, float] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Measures a policy on fixed prompts and seeds; the work is shared by all processes.
+
+    critics: folder with the classifier that came with the pretrained model, if it has one.
+    held_out: rewards to measure beside `reward`, by name.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: Policy,
+        reward: Reward,
+        table: KernelTable,
+        *,
+        batch_size: int,
+        seed: int,
+        view: View,
+        critics: Path | None = None,
+        held_out: Mapping[str, Reward] | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.policy = policy
+        self.reward = reward
+        self.table = table
+        self.batch_size = batch_size
+        self.seed = seed
+        self.view = view
+        self.held_out = dict(held_out or {})
+        self.classifier = (
+            None
+            if critics is None
+            else AnimalClassifier.from_folder(critics).to(policy.device).eval()
+        )
+
+    def samples(
+        self,
+        prompts: Sequence[str],
+        *,
+        reference: bool = False,
+        on_done: Callable[[int], object] = lambda count: None,
+        keep: Callable[[Tensor], Tensor] = lambda images: images,
+    ) -> list[Sample]:
+        """One sample per entry of `prompts`, seed i for entry i, in order, on every process.
+
+        reference: draw from the frozen model. on_done: told how many pictures were just made. keep:
+        what becomes of the images [B, ...] once they are measured.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = -(-len(prompts) // world)
+        mine: list[Sample] = []
+        last = min(len(prompts), (rank + 1) * share)
+        for start in range(rank * share, last, self.batch_size):
+            rows = range(start, min(start + self.batch_size, last))
+            with self.policy.reference() if reference else nullcontext():
+                mine += self._measure([prompts[i] for i in rows], rows, reference, keep)
+            on_done(len(rows) * world)
+        return sorted(gather(self.accelerator, mine), key=lambda sample: sample.index)
+
+    def _measure(
+        self, prompts: list[str], rows: range, reference: bool, keep: Callable[[Tensor], Tensor]
+    ) -> list[Sample]:
+        paths = draw_paths(self.policy, self.table, prompts, rows, seed=self.seed)
+        images = decoded(self.policy, paths.clean)
+        rewards = self._scores(self.reward, images, prompts)
+        held_out = {
+            name: self._scores(reward, images, prompts) for name, reward in self.held_out.items()
+        }
+        kl = [0.0] * len(rows)
+        if not reference:
+            kl = path_kl(self.policy, self.table, paths).sum(1).tolist()
+        features, kept = self.view.features(images).cpu(), keep(images).cpu()
+        recognised = self._recognised(images, prompts)
+        return [
+            Sample(
+                index=index,
+                prompt=prompts[i],
+                reward=rewards[i],
+                feature=features[i],
+                image=kept[i],
+                recognised=recognised[i],
+                path_kl=kl[i],
+                held_out={name: values[i] for name, values in held_out.items()},
+            )
+            for i, index in enumerate(rows)
+        ]
+
+    @staticmethod
+    def _scores(reward: Reward, images: Tensor, prompts: list[str]) -> list[float]:
+        with torch.no_grad():
+            found: list[float] = reward(images, prompts, [{} for _ in prompts]).tolist()
+        return found
+
+    def _recognised(self, images: Tensor, prompts: list[str]) -> list[bool | None]:
+        """Whether the classifier sees the animal that the prompt names (None: it names none)."""
+        if self.classifier is None:
+            return [None] * len(prompts)
+        animals = set(self.classifier.labels["animal"])
+        seen = self.classifier.predict(images)["animal"]
+        named = [next((w for w in p.lower().split() if w in animals), None) for p in prompts]
+        return [None if n is None else n == s for n, s in zip(named, seen, strict=True)]

@@ -1,0 +1,211 @@
+"""One self-contained HTML file: of one run, or of several side by side."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from ..advice import advise
+from ..config import ConfigError
+from ..runfolder import RunFolder, write_atomic
+from . import figures, tables
+from .curves import curves, evaluated_curves
+from .frontier import Point, checkpoint_frontier, run_frontier
+from .levels import levels
+from .loading import how_to_load
+from .pictures import Picture, embed
+from .read import Record, read
+
+THUMBNAIL = 420  # width of a run's pictures in a comparison
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A grid of the slider, and when it was drawn."""
+
+    label: str
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run of a comparison."""
+
+    number: int
+    name: str
+    method: str
+    scale: str
+    reward: str
+    outcome: figures.Outcome
+    cost: figures.Cost
+    picture: Picture | None
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("nablagfn.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["script"] = script
+    environment.globals["script_hash"] = script_hash
+    environment.filters["number"] = figures.number
+    environment.filters["interval"] = figures.interval
+    return environment
+
+
+def script() -> Markup:
+    """The slider's program. The page forbids every other script by its hash."""
+    return Markup((Path(__file__).parent / "templates" / "slider.js").read_text(encoding="utf-8"))
+
+
+def script_hash() -> str:
+    """For the page's Content-Security-Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script().encode()).digest()).decode()
+
+
+def build(folder: RunFolder) -> Path:
+    """Write RUN/report.html. Raises ConfigError when the folder holds no run, or a damaged one."""
+    write_atomic(folder.report, run_page(read(folder)))
+    return folder.report
+
+
+def compare(folders: Sequence[RunFolder], out: Path) -> Path:
+    """Write a comparison of several runs. Raises ConfigError as `build` does."""
+    if out.is_dir():
+        raise ConfigError(f"--out={out} is a folder: give the name of the file to write")
+    write_atomic(out, comparison_page([read(folder) for folder in folders]))
+    return out
+
+
+def run_page(record: Record) -> str:
+    """The report of one run."""
+    evaluated = record.evaluation.evaluated
+    return (
+        _environment()
+        .get_template("run.html.j2")
+        .render(
+            run=record,
+            config=record.config,
+            method=figures.method(record),
+            cards=figures.cards(record),
+            source=figures.outcome(record).source,
+            settings_of=evaluated.settings if evaluated and record.models else None,
+            advice=advise(record.rows, record.diagnostics),
+            pair=before_after(record),
+            frames=frames(record),
+            frontier=checkpoint_frontier(checkpoint_points(record)),
+            evaluated=evaluated_curves(record.models, evaluated.settings.confidence)
+            if evaluated
+            else [],
+            curves=curves(record.rows),
+            levels=levels(record.diagnostics),
+            extremes=tables.extremes(record),
+            prompts=tables.per_prompt(record),
+            code=code(record),
+            settings=tables.settings(record.config),
+            cost=figures.cost(record),
+        )
+    )
+
+
+def comparison_page(records: Sequence[Record]) -> str:
+    """Several runs side by side."""
+    runs = [compared(i + 1, record) for i, record in enumerate(records)]
+    return (
+        _environment()
+        .get_template("comparison.html.j2")
+        .render(
+            runs=runs,
+            frontier=run_frontier(run_points(records, runs)),
+            base=shared_base(records),
+            keys=tables.differing(records),
+            differences=tables.differences(records),
+            sources=sorted({run.outcome.source for run in runs if run.outcome.source}),
+            rewards=sorted({run.reward for run in runs}),
+            models=sorted({record.config.pretrained.model for record in records}),
+        )
+    )
+
+
+def before_after(record: Record) -> list[tuple[str, Picture]]:
+    """The same-seed grids that the run has: title, picture."""
+    titles = {"before": "before: the pretrained model", "after": "after: finetuned"}
+    found = [(title, embed(record.folder.grids / f"{name}.png")) for name, title in titles.items()]
+    return [(title, picture) for title, picture in found if picture]
+
+
+def frames(record: Record) -> list[Frame]:
+    """The fixed-seed grids over training."""
+    update = {int(row["epoch"]): row["update"] for row in record.rows if row.get("epoch")}
+    found = []
+    for epoch, path in record.grids():
+        picture = embed(path)
+        label = f"epoch {epoch}, update {update[epoch]}" if epoch in update else f"epoch {epoch}"
+        if picture:
+            found.append(Frame("the pretrained model" if epoch == 0 else label, picture))
+    return found
+
+
+def checkpoint_points(record: Record) -> list[Point]:
+    """The evaluated models in the plane of gain and diversity."""
+    found = []
+    for model in record.models:
+        gain, kept = figures.gain(record, model), figures.kept(record, model)
+        if gain and kept:
+            found.append(Point(gain, kept, "base" if model.update == 0 else str(model.update)))
+    return found
+
+
+def run_points(records: Sequence[Record], runs: Sequence[Compared]) -> list[Point]:
+    """The runs in the plane of gain and diversity, by their numbers."""
+    return [
+        Point(
+            gain=run.outcome.gain,
+            kept=run.outcome.kept,
+            label=str(run.number),
+            group=run.method,
+            scale=record.config.model.reward_scale if figures.has_prior(record) else None,
+        )
+        for record, run in zip(records, runs, strict=True)
+        if run.outcome.gain and run.outcome.kept
+    ]
+
+
+def compared(number: int, record: Record) -> Compared:
+    scale = f"{record.config.model.reward_scale:g}" if figures.has_prior(record) else "–"
+    return Compared(
+        number=number,
+        name=record.name,
+        method=figures.method(record),
+        scale=scale,
+        reward=record.config.experiment.reward_fn,
+        outcome=figures.outcome(record),
+        cost=figures.cost(record),
+        picture=embed(record.folder.grids / "after.png", THUMBNAIL),
+    )
+
+
+def shared_base(records: Sequence[Record]) -> Picture | None:
+    """The pretrained model's grid, where all runs have the same."""
+    files = [record.folder.grids / "before.png" for record in records]
+    if not all(file.is_file() for file in files):
+        return None
+    return embed(files[0], THUMBNAIL) if len({file.read_bytes() for file in files}) == 1 else None
+
+
+def code(record: Record) -> str:
+    """How to draw with the run's LoRA; empty without a checkpoint, and in a world."""
+    weights = record.folder.checkpoints / record.result
+    if not record.result or not (weights / "pytorch_lora_weights.safetensors").is_file():
+        return ""
+    return how_to_load(record.config, next(iter(record.prompts), "a cat"), str(weights))

@@ -1,0 +1,144 @@
+"""Tables of a report, as rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Config, flatten
+from .figures import is_headline, number, place, title
+from .pictures import ContactSheet, Picture, load
+from .read import Record, Sample
+
+SHOWN = 6  # best and worst samples
+PLACES = ("saving.", "logging.")  # where and how often is written: no part of a method
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option; changed: differs from its default."""
+
+    key: str
+    value: str
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of cells; the first cell of a row names it."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture with the pretrained model's of the same seed, its prompt and its reward."""
+
+    prompt: str
+    reward: str
+    picture: Picture
+    before: Picture | None = None
+    reward_before: str = ""
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The samples with the highest and the lowest reward."""
+
+    best: list[Shown]
+    worst: list[Shown]
+
+
+def settings(config: Config) -> list[Setting]:
+    """Every option, in the order of the config."""
+    defaults = flatten(Config())
+    return [Setting(k, text(v), v != defaults[k]) for k, v in flatten(config).items()]
+
+
+def text(value: Any) -> str:
+    """An option's value for people."""
+    if isinstance(value, tuple):
+        return ", ".join(str(part) for part in value) or "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "–" if value == "" else str(value)
+
+
+def differing(records: Sequence[Record]) -> list[str]:
+    """Options in which runs differ, but for where and how often they write."""
+    flat = [flatten(record.config) for record in records]
+    return [
+        key
+        for key in flat[0]
+        if not key.startswith(PLACES) and any(other[key] != flat[0][key] for other in flat)
+    ]
+
+
+def differences(records: Sequence[Record]) -> list[list[str]]:
+    """For each differing option its name and its value in each run."""
+    flat = [flatten(record.config) for record in records]
+    return [[key, *(text(values[key]) for values in flat)] for key in differing(records)]
+
+
+def per_prompt(record: Record) -> Table | None:
+    """Each prompt's figures before and after, as `nablagfn evaluate` measured them."""
+    if record.final is None:
+        return None
+    base, final = record.models[0].prompts, record.final.prompts
+    known = dict.fromkeys(key for figures in final.values() for key in figures)
+    keys = sorted((key for key in known if is_headline(key) and key != "path_kl"), key=place)
+    if not keys:
+        return None
+    header = ["prompt"]
+    for key in keys:
+        header += [f"{title(key)} before", "after"]
+    rows = []
+    for prompt, figures in final.items():
+        row = [prompt]
+        for key in keys:
+            old, new = base.get(prompt, {}).get(key), figures.get(key)
+            row += [number(old, key), number(new, key)]
+        rows.append(row)
+    return Table(header, rows)
+
+
+def extremes(record: Record) -> Extremes | None:
+    """Best and worst samples of the run's result, each beside the pretrained model's.
+
+    None where pictures were not kept, and in a world, where a picture is no single sample.
+    """
+    if record.final is None or record.evaluation.evaluated is None:
+        return None
+    reward = record.evaluation.evaluated.settings.trained_reward
+    after, before = contact_sheet(record, record.final.name), contact_sheet(record, "base")
+    if after is None:
+        return None
+    known = [sample for sample in after.sheet.samples if reward in sample.rewards]
+    ranked = sorted(known, key=lambda sample: -sample.rewards[reward])
+    count = min(SHOWN, len(ranked) // 2)
+    return Extremes(
+        best=[_shown(sample, after, before, reward) for sample in ranked[:count]],
+        worst=[_shown(sample, after, before, reward) for sample in ranked[len(ranked) - count :]],
+    )
+
+
+def _shown(sample: Sample, after: ContactSheet, before: ContactSheet | None, reward: str) -> Shown:
+    """A sample beside that of the base model with the same prompt and noise."""
+    was = before.same(sample) if before else None
+    return Shown(
+        prompt=sample.prompt,
+        reward=number(sample.rewards[reward]),
+        picture=after.cut(sample),
+        before=before.cut(was) if before and was else None,
+        reward_before=number(was.rewards.get(reward)) if was else "",
+    )
+
+
+def contact_sheet(record: Record, name: str) -> ContactSheet | None:
+    """The thumbnails of evaluation/NAME, None where there are none."""
+    sheet, file = record.sheet(name), record.evaluated_pictures(name)
+    if sheet is None or sheet.thumbnail is None or not file.is_file():
+        return None
+    return ContactSheet(file, load(file), sheet)

@@ -1,0 +1,230 @@
+"""Exports of a real pipeline, loaded by diffusers as a user would, against the trained model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from nablagfn import rng
+from nablagfn.cli import main
+from nablagfn.config import Config, ConfigError, set_option
+from nablagfn.export import export
+from nablagfn.export.card import licence, plain
+from nablagfn.export.forms import FORMS, Form
+from nablagfn.export.proof import GREY_LEVEL, ROUNDING, Proof
+from nablagfn.models.locate import EMBEDDED
+from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.report.loading import how_to_load
+from nablagfn.runfolder import RunFolder
+from tests.worlds import randomise
+
+PROMPTS = ("a cat", "a fox on a blue background")
+STEPS, RANK = 4, 3
+
+
+def settings() -> dict[str, object]:
+    return {
+        "pretrained.model": "tiny-animals",
+        "experiment.reward_fn": "tiny-aesthetic",
+        "sampling.num_steps": STEPS,
+        "sampling.guidance_scale": 2.0,
+        "model.lora_rank": RANK,
+        "saving.output_dir": "/home/someone/private",
+    }
+
+
+@pytest.fixture(scope="module")
+def policy() -> StableDiffusionPolicy:
+    """tiny-animals with a LoRA far from zero."""
+    policy = StableDiffusionPolicy.from_pretrained("tiny-animals", lora_rank=RANK)
+    randomise(policy.parameters(), 0.1)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, policy: StableDiffusionPolicy) -> RunFolder:
+    """A run folder with that LoRA as its one checkpoint."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny_seed0")
+    config = Config()
+    for key, value in settings().items():
+        set_option(config, key, value)
+    folder.write_json("config.json", config.model_dump(mode="json"))
+    folder.write_json("prompts.json", list(PROMPTS))
+    for update in (1, 2):
+        folder.append("metrics.jsonl", {"update": update, "reward": 1.0 * update})
+    place = folder.checkpoints / "update_000002"
+    place.mkdir(parents=True)
+    policy.save(place)
+    save_file(policy.state_dict(), place / "policy.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: RunFolder) -> Path:
+    main(["export", str(run.path), "--format=all"])
+    return run.path / "export" / "update_000002"
+
+
+def pictures(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        list(PROMPTS),
+        guidance_scale=2.0,
+        num_inference_steps=STEPS,
+        eta=1.0,
+        generator=[rng.generator(7, "test", index=i) for i in range(2)],
+        output_type="np",
+    ).images
+
+
+def plain_pipeline(folder: Path = EMBEDDED["tiny-animals"]) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, requires_safety_checker=False
+    )
+
+
+def test_each_form_draws_the_trained_model_s_pictures(
+    exported: Path, policy: StableDiffusionPolicy
+) -> None:
+    known, base = pictures(policy.pipeline), pictures(plain_pipeline())
+    assert np.abs(known - base).max() > 0.1
+    lora, kohya = plain_pipeline(), plain_pipeline()
+    lora.load_lora_weights(exported / "diffusers")
+    kohya.load_lora_weights(exported / "kohya", weight_name="tiny_seed0.safetensors")
+    assert np.array_equal(pictures(lora), known)
+    assert np.array_equal(pictures(kohya), known)
+    np.testing.assert_allclose(pictures(plain_pipeline(exported / "fused")), known, atol=1e-4)
+
+
+def test_kohya_keys_are_those_of_stable_diffusion_one(
+    exported: Path, policy: StableDiffusionPolicy
+) -> None:
+    state = load_file(exported / "kohya" / "tiny_seed0.safetensors")
+    block = r"(down_blocks_\d_attentions_\d|mid_block_attentions_0|up_blocks_\d_attentions_\d)"
+    layer = r"transformer_blocks_0_attn[12]_to_(q|k|v|out_0)"
+    pattern = rf"lora_unet_{block}_{layer}\.(lora_down\.weight|lora_up\.weight|alpha)"
+    assert all(re.fullmatch(pattern, key) for key in state)
+    assert len(state) == 3 * len(policy.state_dict()) // 2
+    for key, value in state.items():
+        if key.endswith("alpha"):
+            assert float(value) == RANK
+        elif key.endswith("lora_down.weight"):
+            assert value.shape[0] == RANK
+
+
+def test_the_card_tells_where_it_comes_from_and_nothing_private(exported: Path) -> None:
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    for text in ("license: apache-2.0", "`nabla-db`", "β = 1000", '"a cat"', "kohya: reloaded"):
+        assert text in card
+    assert "/home/someone" not in card
+    for picture in ("pictures.png", "curves.png"):
+        assert f"]({picture})" in card and (exported / picture).stat().st_size > 500
+
+
+def test_the_code_of_report_and_card_runs_and_draws_with_the_lora(run: RunFolder) -> None:
+    drawn = []
+    for folder in (run.checkpoints / "update_000002", None):
+        code = how_to_load(run.config(), PROMPTS[0], str(folder))
+        code = code if folder else code.replace("pipe.load_lora_weights('None')\n", "")
+        names: dict[str, object] = {}
+        torch.manual_seed(0)
+        exec(code, names)
+        drawn.append(np.asarray(names["image"], dtype=float))
+    assert drawn[0].shape == (64, 64, 3) and np.abs(drawn[0] - drawn[1]).max() > 20
+
+
+def test_dpm_solver_code_names_the_first_order_sde(run: RunFolder) -> None:
+    config = run.config()
+    config.sampling.scheduler = "dpm-solver"
+    config.pretrained.model, config.pretrained.revision = "someone/model", "v1"
+    code = how_to_load(config, "it's", "lora")
+    compile(code, "code", "exec")
+    for text in ("revision='v1'", "solver_order=1", "sde-dpmsolver++", '"it\'s"'):
+        assert text in code
+    assert "eta" not in code
+
+
+# -------------------------------------------------------------------------------- the proof
+
+
+@pytest.mark.parametrize(
+    "change, bound", [(0.5, GREY_LEVEL), (0.01, 0.001), (0.0, ROUNDING), (1e-4, ROUNDING)]
+)
+def test_the_bound_is_a_grey_level_or_a_tenth_of_the_change(change: float, bound: float) -> None:
+    Proof("kohya", 0.99 * bound, change).check()
+    for beyond in (1.01 * bound, float("nan")):
+        with pytest.raises(ConfigError, match="draws other pictures"):
+            Proof("kohya", beyond, change).check()
+
+
+def test_an_export_that_draws_other_pictures_leaves_nothing(
+    run: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    form = FORMS["kohya"]
+
+    def lossy(policy: object, config: Config, folder: Path, name: str) -> None:
+        form.write(policy, config, folder, name)  # type: ignore[arg-type]
+        (file,) = folder.iterdir()
+        state = load_file(file)
+        save_file({k: v for k, v in state.items() if "down_blocks_0" not in k}, file)
+
+    monkeypatch.setitem(FORMS, "kohya", Form(lossy, form.load))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["export", str(run.path), "--format=kohya", f"--out={out}"])
+    told = capsys.readouterr().err
+    assert "the kohya export draws other pictures" in told and len(told.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_exported_is_one_line(
+    run: RunFolder, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = RunFolder(tmp_path / "world")
+    config = Config()
+    set_option(config, "pretrained.model", "worlds/ring")
+    world.write_json("config.json", config.model_dump(mode="json"))
+    bare = RunFolder(tmp_path / "bare")
+    bare.write_json("config.json", run.config().model_dump(mode="json"))
+    for command, said in (
+        ([str(world.path)], "a run in worlds/ring: there is no LoRA"),
+        ([str(bare.path)], "has no checkpoint yet"),
+        ([str(run.path), "--checkpoint=update_9"], "no checkpoint update_9; there is: update_0"),
+        ([str(run.path)], "is there already"),
+        ([str(run.path), "--format=onnx"], "invalid choice: 'onnx'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", *command])
+        told = capsys.readouterr().err
+        assert said in told and len(told.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "world"]
+
+
+def test_out_and_default_checkpoint(run: RunFolder, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path / "deep" / "out", show_progress=False)
+    assert done.folder == tmp_path / "deep" / "out"
+    assert [p.name for p in done.folder.parent.iterdir()] == ["out"]
+    assert [proof.form for proof in done.proofs] == ["diffusers"]
+    assert done.proofs[0].difference == 0 and done.proofs[0].change > 0.1
+
+
+def test_licences_and_escapes(tmp_path: Path) -> None:
+    assert licence("tiny-animals") == "apache-2.0"
+    assert licence("runwayml/stable-diffusion-v1-5") == "creativeml-openrail-m"
+    assert licence("someone/model") == "unknown"
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# x\n", encoding="utf-8")
+    assert licence(str(tmp_path)) == "mit"
+    assert plain("a|b\n<i>`") == "a&#124;b &lt;i>'"
