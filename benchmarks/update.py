@@ -128,9 +128,7 @@ def ratios(names: list[str], label: str, runs: dict[str, list[dict[str, Any]]]) 
         pairs = list(zip(runs[name], runs[name + label], strict=True))
         if any("error" in run for pair in pairs for run in pair):
             continue
-        speed = [
-            statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in pairs
-        ]
+        speed = [statistics.median(b[CLOCK]) / statistics.median(a[CLOCK]) for a, b in pairs]
         peak = [a["peak"] / b["peak"] for a, b in pairs]
         loss = [a["loss"] / b["loss"] for a, b in pairs]
         found[name] = {
