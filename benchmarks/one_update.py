@@ -51,6 +51,11 @@ def make_trainer(job: dict[str, Any], config: Config, folder: Path) -> Trainer:
     )
 
 
+def optimizer_of(trainer: Any) -> torch.optim.Optimizer:
+    """Older revisions have no `updater`."""
+    return getattr(trainer, "updater", trainer).optimizer
+
+
 def memory(place: torch.device) -> int:
     """Peak bytes: of the device, or of this process on a CPU (Linux counts KiB)."""
     if place.type == "cuda":
@@ -92,9 +97,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if job["mode"] == "profile":
             from phases import profile
 
-            return profile(trainer)
+            return profile(trainer, optimizer_of(trainer))
         marks: list[tuple[float, float]] = []
-        trainer.updater.optimizer.register_step_post_hook(lambda *a: marks.append(now(place)))
+        optimizer_of(trainer).register_step_post_hook(lambda *a: marks.append(now(place)))
         trainer.fit()
         rows = trainer.folder.metrics()
         return {

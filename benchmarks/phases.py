@@ -117,13 +117,11 @@ def watched(policy: Any, reward: NamedReward, place: torch.device) -> tuple[Any,
     return _Watched(policy, watch), timed
 
 
-def profile(trainer: Any) -> dict[str, Any]:
+def profile(trainer: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Seconds by phase, and the five operators of most own time by torch.profiler."""
     (watch,) = WATCHES
-    step = trainer.updater.optimizer
-    step.register_step_pre_hook(lambda *a: watch.change("optimizer") and None)
-    step.register_step_post_hook(lambda *a: watch.change(OTHER) and None)
-    trainer.updater.optimizer.zero_grad()
+    optimizer.register_step_pre_hook(lambda *a: watch.change("optimizer") and None)
+    optimizer.register_step_post_hook(lambda *a: watch.change(OTHER) and None)
     watch.seconds.clear()
     watch.change(OTHER)
     kinds = [ProfilerActivity.CPU]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nablagfn import architectures, planner
+from nablagfn.cli import main
 from nablagfn.config import Config, ConfigError
 from nablagfn.costs import Tracker, cost
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -182,3 +183,19 @@ def test_sizes_are_read(text: str, size: float) -> None:
 def test_other_sizes_are_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory"):
         planner.parse_memory(text)
+
+
+@pytest.mark.parametrize("memory", ["2GB", "601MB"])
+def test_the_command_prints_the_options_or_ends_with_1(
+    memory: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 32 paths with 6 transitions; 0.6 GB is the context of a GPU."""
+    options = [f"--config.pretrained.model={tiny_folder}", "--config.model.flow_channel_width=8,16"]
+    command = ["plan", f"--memory={memory}", "--config.experiment.reward_fn=brightness", *options]
+    if memory == "2GB":
+        main(command)
+        assert "fits with: --config.training.micro_batch=192\n" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 1 and "does not fit" in capsys.readouterr().out

@@ -212,11 +212,13 @@ def _fixed(config: Config, subject: _Subject) -> dict[str, float]:
     """Bytes of weights, and of gradients and moments of what is trained."""
     pipeline, theta = subject.policy.pipeline, size_of(subject.policy.parameters())
     flow = size_of(subject.flow.parameters()) if learns_flow(config) else 0
-    copies = 3 if config.training.optimizer == "lion" else 4  # weight, gradient, moments
+    moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
+    copies = 2 + moments  # of the float32 weights, gradients among them
+    offloaded = config.speed.offload_text_encoder
     return {
         "U-Net": size_of(_tensors([pipeline.unet])) - theta,
         "VAE": size_of(_tensors([pipeline.vae])),
-        "text encoder": size_of(_tensors([pipeline.text_encoder])),
+        "text encoder": 0 if offloaded else size_of(_tensors([pipeline.text_encoder])),
         "reward": size_of(_tensors(modules_of(subject.reward))),
         "LoRA and its optimizer": copies * theta,
         "flow network and its optimizer": copies * flow,
