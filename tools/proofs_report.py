@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,22 +84,32 @@ def at_cost(points: Sequence[Point], budget: float) -> Point | None:
     return within[-1] if within else None
 
 
-def cell(points: Sequence[Point | None]) -> str:
+def cell(points: Sequence[Point | None], otherwise: str) -> str:
     """MMD² over floor and KL of several seeds in one table cell."""
     known = [p for p in points if p is not None]
     if not known:
-        return "no end"
+        return otherwise
     ratio, kl = [p.ratio for p in known], [p.kl for p in known]
     return f"{interval(ratio, '.1f')} / {interval(kl, '.3f')}"
 
 
-def table(found: Curves, pick: Callable[[list[Point]], Point | None]) -> list[dict[str, Any]]:
-    """One row per method: a cell for each world."""
+def table(
+    found: Curves,
+    pick: Callable[[list[Point]], Point | None],
+    endless: Collection[tuple[str, str]] = (),
+) -> list[dict[str, Any]]:
+    """One row per method: a cell for each world. endless: (world, label) that diverged."""
     worlds = list(dict.fromkeys(world for world, _ in found))
     labels = list(dict.fromkeys(label for _, label in found))
     rows = []
     for label in labels:
-        cells = [cell([pick(c) for c in found.get((world, label), [])]) for world in worlds]
+        cells = [
+            cell(
+                [pick(curve) for curve in found.get((world, label), [])],
+                "no end" if (world, label) in endless else "–",
+            )
+            for world in worlds
+        ]
         rows.append({"label": label, "cells": cells})
     return rows
 
@@ -203,14 +213,10 @@ def draw_samples(runs: Sequence[Run], out: Path, world: str, path: Path) -> None
     plt.close(figure)
 
 
-def ended(runs: Sequence[Run], out: Path) -> dict[str, Any]:
-    """How many runs left the range of numbers, and the core-minutes of all that ended."""
-    records = [run.folder(out).read_json("proof.json") for run in runs]
-    known = [record for record in records if record is not None]
-    return {
-        "diverged": sum(record["diverged"] for record in known),
-        "core_minutes": round(sum(record["cpu_seconds"] for record in known) / 60),
-    }
+def records(runs: Sequence[Run], out: Path) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs that ended, and what is recorded of each."""
+    found = [(run, run.folder(out).read_json("proof.json")) for run in runs]
+    return [(run, record) for run, record in found if record is not None]
 
 
 def write(runs: Sequence[Run], out: Path, docs: Path) -> Path:
@@ -227,6 +233,9 @@ def write(runs: Sequence[Run], out: Path, docs: Path) -> Path:
     for world in worlds:
         run = next(r for r in runs if r.table == "claim" and r.world == world and r.seed == 0)
         shutil.copy(run.folder(out).grids / "after.png", images / f"world_{world}.png")
+    known = records(runs, out)
+    diverged = [run for run, record in known if record["diverged"]]
+    endless = {(run.world, run.label) for run in diverged}
     budget = min((seeds[0][-1].evals for seeds in compared.values()), default=0.0)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
@@ -241,13 +250,14 @@ def write(runs: Sequence[Run], out: Path, docs: Path) -> Path:
             default=0,
         ),
         adjoint=claim_rows(claim, "Adjoint Matching"),
-        equal_updates=table(compared, lambda points: points[-1]),
-        equal_evals=table(compared, lambda points: at_cost(points, budget)),
+        equal_updates=table(compared, lambda points: points[-1], endless),
+        equal_evals=table(compared, lambda points: at_cost(points, budget), endless),
         budget=f"{budget / 1e6:.2f}",
         study=table(study, lambda points: points[-1]),
-        done=sum(run.done(out) for run in runs),
+        ended=len(known),
+        diverged=len(diverged),
         wanted=len(runs),
-        **ended(runs, out),
+        core_minutes=round(sum(record["cpu_seconds"] for _, record in known) / 60),
     )
     target = docs / "proofs.md"
     target.write_text(text, encoding="utf-8")
