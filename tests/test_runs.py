@@ -149,6 +149,49 @@ def test_two_processes_equal_one_with_both_batches(pipeline_folder: Path, tmp_pa
     assert worst < 2e-4  # one AdamW step of 1e-3; a sign flip of a tiny gradient is 2e-3
 
 
+def workers(launcher: int) -> list[int]:
+    """The processes that torchrun has started."""
+    found = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [
+        int(pid) for pid in found if "train_nablagfn" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_started_again_and_ends_as_if_undisturbed(
+    rank: int, undisturbed: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """torchrun --max-restarts starts all ranks again; they go on from the newest checkpoint."""
+    command = torchrun(*small(pipeline_folder, tmp_path), *SIX)
+    command.insert(command.index("--standalone"), "--max-restarts=1")
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/many_gpus.md
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "colourfulness_seed0"
+    wait_for_updates(folder, 3, process)
+    os.kill(workers(process.pid)[rank], signal.SIGKILL)
+    assert process.wait(timeout=600) == 0
+    assert metrics(folder) == metrics(undisturbed)
+    first, second = weights(folder, 6), weights(undisturbed, 6)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    (old,) = (p for p in (folder / "checkpoints").iterdir() if p.name == "update_000002")
+    assert old.stat().st_mtime < (folder / "versions.json").stat().st_mtime  # it did start again
+
+
+SIX = ["--config.training.num_epochs=6", "--config.logging.save_freq=2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six updates of two ranks in one go."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = run(torchrun(*small(pipeline_folder, out), *SIX))
+    assert done.returncode == 0, done.stderr
+    return out / "colourfulness_seed0"
+
+
 ORIGINAL = {
     "default": (
         0,
