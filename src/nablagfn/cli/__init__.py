@@ -5,6 +5,7 @@ Each has `add(commands)`, its parser, and a function of (arguments, rest) given 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -36,6 +37,7 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; user errors end with one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # optional packages, not errors
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is there
     try:
         known, rest = build_parser().parse_known_args(arguments)
         if rest and not known.takes_options:
