@@ -102,7 +102,9 @@ class Run:
     def done(self, out: Path) -> bool:
         """Whether it ended with figures: the last probe's, and for the claim a picture."""
         record = self.folder(out).read_json(RECORD)
-        return record is not None and not record["diverged"]
+        rows = self.folder(out).metrics()
+        ended = bool(rows) and rows[-1]["update"] == self.updates  # a stopped run has a record, too
+        return record is not None and not record["diverged"] and ended
 
     def arguments(self, out: Path) -> list[str]:
         pictured: dict[str, object] = {"evaluation.num_prompts": 0} if self.table != "claim" else {}
@@ -166,7 +168,7 @@ def carry_out(job: tuple[Job, Path]) -> str:
     torch.set_num_threads(1)
     run, out = job
     folder = run.folder(out)
-    if run.done(out) or folder.read_json(RECORD) is not None:
+    if run.done(out) or (folder.read_json(RECORD) or {}).get("diverged"):
         return ""
     said, diverged = io.StringIO(), False
     try:
