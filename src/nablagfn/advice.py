@@ -181,7 +181,8 @@ def against_the_target(diagnostics: Rows) -> str | None:
         if level and sum(level) / len(level) < -0.1:
             return (
                 f"at steps {low} to {high} the model moves against the value gradient that it is "
-                "fitted to: lower training.lr, or draw more trajectories per update"
+                "fitted to: nabla-db's flow network cancels the guess there for long, "
+                "nabla-db-lambda's does not; with other methods lower training.lr"
             )
     return None
 
