@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .advice import advise
+from .advice import Rows, advise
 from .config import Config
 from .evaluation import Evaluator, Measurement, Sample, summarise
 from .guard import Probe
@@ -86,11 +86,11 @@ class Observer:
             self._save_grid(samples, f"epoch_{epoch:05d}", 2 * each)
         return samples
 
-    def advise(self, bar: Bar) -> None:
+    def advise(self, bar: Bar, rows: Rows, by_step: Rows) -> None:
         """Say, once each, what the figures logged so far give reason to."""
         if not self.show:
             return
-        for advice in advise(self.folder.metrics(), self.folder.diagnostics()):
+        for advice in advise(rows, by_step):
             if advice.kind not in self._said:
                 self._said.add(advice.kind)
                 bar.line(f"advice: {advice.text}")

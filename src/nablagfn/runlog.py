@@ -35,15 +35,18 @@ def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
 
 
 class RunLog:
-    """Writes on the main process only."""
+    """Writes on the main process only. rows, by_step: what is in its two files so far."""
 
     def __init__(self, accelerator: Accelerator, folder: RunFolder, config: Config) -> None:
         self.accelerator = accelerator
         self.folder = folder
         self.config = config
+        self.rows: list[dict[str, Any]] = []
+        self.by_step: list[dict[str, Any]] = []
 
     def open(self) -> None:
-        """Start the trackers (creates files)."""
+        """Start the trackers (creates files); read what a resumed run has logged already."""
+        self.rows, self.by_step = self.folder.metrics(), self.folder.diagnostics()
         logging = self.config.logging
         flat = {
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
@@ -69,6 +72,8 @@ class RunLog:
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in row.items()
             }
-            self.folder.append(METRICS, {"update": update, **finite})
-            self.folder.append(DIAGNOSTICS, {"update": update, **by_step})
+            self.rows.append({"update": update, **finite})
+            self.by_step.append({"update": update, **by_step})
+            self.folder.append(METRICS, self.rows[-1])
+            self.folder.append(DIAGNOSTICS, self.by_step[-1])
         self.accelerator.log(dict(row), step=update)

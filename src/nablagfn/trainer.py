@@ -286,7 +286,7 @@ class Trainer:
                     row |= self._look(epoch + 1, update, bar)
                 row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
                 self.log.write(update, row, done.by_step)
-        self.observer.advise(bar)
+        self.observer.advise(bar, self.log.rows, self.log.by_step)
         return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
 
     def _look(self, epoch: int, update: int, bar: Bar) -> dict[str, float]:
