@@ -1,4 +1,4 @@
-"""Whole runs through the command line: original commands, kill and resume, two processes."""
+"""Whole runs through the command line: original commands, kill and resume."""
 
 from __future__ import annotations
 
@@ -8,77 +8,28 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from nablagfn.runfolder import RunFolder
+from tests.running import (
+    NUMBERS,
+    ROOT,
+    metrics,
+    run,
+    small,
+    torchrun,
+    train,
+    wait_for_updates,
+    weights,
+)
 from tests.tiny_pipeline import save_pipeline
-
-ROOT = Path(__file__).parent.parent
-ENTRY = str(ROOT / "train_nablagfn.py")
-NUMBERS = [
-    "--config.sampling.num_steps=10",
-    "--config.model.flow_channel_width=(16,32)",
-    "--config.evaluation.num_prompts=2",
-    "--config.evaluation.images_per_prompt=2",
-    "--config.logging.num_samples=4",
-    "--config.logging.tensorboard=False",
-]
 
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def run(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
-def train(*options: str) -> list[str]:
-    return [sys.executable, ENTRY, *options]
-
-
-def torchrun(*options: str, processes: int = 2) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={processes}", ENTRY, *options]
-
-
-def small(model: Path | str, out: Path) -> list[str]:
-    return [
-        f"--config.pretrained.model={model}",
-        "--config.experiment.reward_fn=colourfulness",
-        f"--config.saving.output_dir={out}",
-        "--config.sampling.batch_size=4",
-        "--config.sampling.num_batches_per_epoch=1",
-        "--config.training.gradient_accumulation_steps=1",
-        "--config.model.reward_scale=100",
-        *NUMBERS,
-    ]
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def weights(folder: Path, update: int) -> dict[str, torch.Tensor]:
-    where = folder / "checkpoints" / f"update_{update:06d}"
-    parts = (load_file(where / f"{name}.safetensors") for name in ("policy", "objective"))
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def wait_for_updates(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        file = folder / "metrics.jsonl"
-        if file.is_file() and len(file.read_text().splitlines()) >= count:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the run ended before it could be killed")
 
 
 def test_five_updates_then_sigkill_then_five_more_equal_ten(
@@ -120,77 +71,6 @@ def test_sigterm_saves_and_the_same_command_continues(
     (checkpoint,) = (folder / "checkpoints").glob("update_*")
     stopped = len(metrics(folder))
     assert checkpoint.name == f"update_{stopped:06d}"
-
-
-def test_two_processes_equal_one_with_both_batches(pipeline_folder: Path, tmp_path: Path) -> None:
-    """The same global batch: gradients, and so weights, agree to float32 rounding."""
-    options = ["--config.training.num_epochs=1", "--config.model.unet_reg_scale=10"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    both = ["--config.sampling.batch_size=8", "--config.training.batch_size=8"]
-    single = run(train(*small(pipeline_folder, one), *options, *both))
-    assert single.returncode == 0, single.stderr
-    double = run(torchrun(*small(pipeline_folder, two), *options))
-    assert double.returncode == 0, double.stderr
-    assert 'processes": "2"' in (two / "colourfulness_seed0" / "versions.json").read_text()
-    for a, b in zip(
-        metrics(one / "colourfulness_seed0"), metrics(two / "colourfulness_seed0"), strict=True
-    ):
-        assert a.keys() == b.keys()
-        for name in ("reward", "loss_forward", "loss_reverse", "grad_norm", "grad_norm_own"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    (alone,), (shared,) = (RunFolder(f / "colourfulness_seed0").diagnostics() for f in (one, two))
-    assert shared["count"] == alone["count"]
-    for name in ("loss_forward", "guess_sq", "value_gradient_snr"):
-        first, second = ([v or 0.0 for v in row[name]] for row in (alone, shared))
-        assert any(first)
-        assert second == pytest.approx(first, rel=1e-3, abs=1e-6), name
-    first, second = (weights(f / "colourfulness_seed0", 1) for f in (one, two))
-    worst = max(float((first[name] - second[name]).abs().max()) for name in first)
-    assert worst < 2e-4  # one AdamW step of 1e-3; a sign flip of a tiny gradient is 2e-3
-
-
-def workers(launcher: int) -> list[int]:
-    """The processes that torchrun has started."""
-    found = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [
-        int(pid) for pid in found if "train_nablagfn" in Path(f"/proc/{pid}/cmdline").read_text()
-    ]
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
-@pytest.mark.proof  # on a fast machine the run may end before it is killed
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_started_again_and_ends_as_if_undisturbed(
-    rank: int, undisturbed: Path, pipeline_folder: Path, tmp_path: Path
-) -> None:
-    """torchrun --max-restarts starts all ranks again; they go on from the newest checkpoint."""
-    command = torchrun(*small(pipeline_folder, tmp_path), *SIX)
-    command.insert(command.index("--standalone"), "--max-restarts=1")
-    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/many_gpus.md
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    folder = tmp_path / "colourfulness_seed0"
-    wait_for_updates(folder, 3, process)
-    os.kill(workers(process.pid)[rank], signal.SIGKILL)
-    assert process.wait(timeout=600) == 0
-    assert metrics(folder) == metrics(undisturbed)
-    first, second = weights(folder, 6), weights(undisturbed, 6)
-    assert all(torch.equal(first[name], second[name]) for name in second)
-    (old,) = (p for p in (folder / "checkpoints").iterdir() if p.name == "update_000002")
-    assert old.stat().st_mtime < (folder / "versions.json").stat().st_mtime  # it did start again
-
-
-SIX = ["--config.training.num_epochs=6", "--config.logging.save_freq=2"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six updates of two ranks in one go."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    done = run(torchrun(*small(pipeline_folder, out), *SIX))
-    assert done.returncode == 0, done.stderr
-    return out / "colourfulness_seed0"
 
 
 ORIGINAL = {
