@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nablagfn import kernels, rng
 from nablagfn.config import ConfigError
 from nablagfn.estimators.guess import Guess
+from nablagfn.estimators.nabla_db_lambda import NablaDBLambda
 from nablagfn.estimators.residual_db import ResidualDB
 from nablagfn.lookahead import LogReward
 from nablagfn.methods import GUESSING, METHODS
@@ -115,6 +116,27 @@ def test_graphs_of_the_model_do_not_pile_up(flow: bool) -> None:
     del eps
     assert peak_of_losses(objective, chosen) < 1.1 * sum(parts)
     assert parts[0] > 0.2 * sum(parts)  # a second graph of the U-Net would be seen
+
+
+def test_nothing_is_held_when_theta_is_evaluated() -> None:
+    """∇-DB(λ) with scattered transitions, too, has finished with the frozen model by then."""
+    policy = make_policy()
+    table, chosen = draw(policy)
+    log_reward = LogReward(policy, analytic.colourfulness, BETA)
+    network = policy.make_flow((8, 16), 1, seed=0, hint=True).to(policy.dtype)
+    settings = {"lam": 0.0, "weight": "std", "frozen_guess": True, "hint": True, "chunk": 4}
+    estimator = NablaDBLambda(policy, log_reward, table, "squared", network, **settings)
+    held: list[int] = []
+    with LiveGraph() as graph:
+
+        def spy(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
+            held.append(graph.now)
+            return StableDiffusionPolicy.eps(policy, x, timestep, condition)
+
+        policy.eps = spy  # type: ignore[method-assign]
+        MatchingObjective(policy, table, estimator).losses(chosen.transitions({}))
+    frozen, guess, theta = held
+    assert frozen == theta == 0 < guess  # at x_k, at x_{k+1}, at x_k
 
 
 def test_the_guess_keeps_nothing_for_theta() -> None:

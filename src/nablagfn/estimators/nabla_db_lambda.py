@@ -21,7 +21,7 @@ from .. import kernels
 from ..bellman import Backed, Pass, Returns, adjoint, returns, sweep
 from ..kernels import KernelTable, Step
 from ..lookahead import Attenuation, LogReward, attenuation, guess, terminal_gradient
-from ..types import Condition, Policy, Selection
+from ..types import Condition, Policy, Selection, Transitions
 from ..value_gradient import (
     Estimate,
     Estimator,
@@ -115,17 +115,26 @@ class NablaDBLambda(Estimator):
         value = known + self._learned(here.x, here.k.timestep, here.condition, x_clean)
         return Backed(mixed=(1 - self.lam) * value + self.lam * back, rest=back - known)
 
+    def ahead(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Without a sweep v̂(x_{k+1}), and g_φ's target where it needs no ε_θ(x_k)."""
+        if self.sweeps:
+            return {}
+        v = self.value(batch.x_next, k, batch.condition)
+        if self.flow is None or not self.frozen_guess:
+            return {"return_next": v}
+        return {"return_next": v, "return_rest": self._frozen_target(batch, k, x, eps_ref, v)}
+
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂(x_{k+1}), and the flow's own loss at x_k."""
         batch = here.batch
-        if self.sweeps:
-            v = batch.signals["return_next"]
-        else:
-            v = self.value(batch.x_next, here.k, batch.condition)
+        known = batch.signals if self.sweeps else here.ahead
+        v = known["return_next"]
         metrics = {"value_gradient_sq": mean_square(v)}
         if self.flow is None:
             return Estimate(v, metrics=metrics)
-        target = batch.signals["return_rest"] if self.sweeps else self.flow_target(here, v)
+        target = known["return_rest"] if "return_rest" in known else self._target(here, v)
         hint = (self._x_clean(here).detach(),) if self.hint else ()
         learned = self.flow(batch.x, here.k.timestep, batch.condition, *hint)
         error = step_weight(here.k, self.weight) * (learned - target)
@@ -139,24 +148,35 @@ class NablaDBLambda(Estimator):
         learned = self._learned(x_next, k.timestep_next, condition, known.x_clean)
         return known.gradient + torch.where(_rows(k.last, learned), 0.0, learned)
 
-    def flow_target(self, here: Evaluated, v: Tensor) -> Tensor:
-        """G_k − β·γ_k·∇r(x̂(x_k)) without a sweep, detached, [M, ...].
+    def _frozen_target(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor, v: Tensor
+    ) -> Tensor:
+        """G_k − β·γ_k·∇r(x̂_#(x_k)), detached, [M, ...]; frees the graph of ε_#(x_k).
 
-        With the frozen guess both terms pass through the same ε_#(x_k): one backward pass with
-        both cotangents.
+        Both terms pass through it: one backward pass with both cotangents.
         """
+        with torch.enable_grad():
+            x_clean = kernels.predict_clean(x, eps_ref, k.alpha_bar)
+            value = self.log_reward(x_clean, batch.condition)
+            m = kernels.mean(x, eps_ref, k)
+        with self.policy.reference():
+            (rest,) = torch.autograd.grad((m, value), x, (v, -self._gamma(k, value)))
+        return rest
+
+    def _target(self, here: Evaluated, v: Tensor) -> Tensor:
+        """The same with the finetuned model's guess at x_k."""
         with torch.enable_grad():
             value = self.log_reward(self._x_clean(here), here.batch.condition)
             m = kernels.mean(here.x, here.eps_ref, here.k)
-        gamma = attenuation(here.k.alpha_bar, self.mode).flatten().to(value.dtype)
-        if self.frozen_guess:
-            with self.policy.reference():
-                (difference,) = torch.autograd.grad((m, value), here.x, (v, -gamma))
-            return difference
+        gamma = self._gamma(here.k, value)
         (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
         with self.policy.reference():
             (back,) = torch.autograd.grad(m, here.x, v)
         return back - known
+
+    def _gamma(self, k: Step, like: Tensor) -> Tensor:
+        """γ_k, [M]."""
+        return attenuation(k.alpha_bar, self.mode).flatten().to(like.dtype)
 
     def _learned(
         self, x: Tensor, timestep: Tensor, condition: Condition, x_clean: Tensor

@@ -35,9 +35,16 @@ def _draft(config: Config) -> Alive:
     return Alive(min(config.method.draft_steps, config.sampling.num_steps), 0)
 
 
+def _lambda(config: Config) -> Alive:
+    """The frozen model's at x_k, and the guess's beside it unless both are one."""
+    m = config.method
+    sweeps, tuned = m.window > 0 or m.return_lambda > 0, m.guess_model == "finetuned"
+    return Alive(1 if sweeps and not tuned else 2, 2 if tuned and not sweeps else 1)
+
+
 ALIVE: dict[str, Callable[[Config], Alive]] = {
     "nabla-db": lambda config: Alive(1, 1, kept=not config.model.no_flow),
-    "nabla-db-lambda": lambda config: Alive(3, 2),  # θ's, the frozen model's and the guess's
+    "nabla-db-lambda": _lambda,
     "adjoint-matching": lambda config: Alive(0, 1),
     "terminal-gradient": lambda config: Alive(0, 1),
     "refl": lambda config: Alive(1, 0),
