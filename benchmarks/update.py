@@ -1,9 +1,11 @@
-"""One full update (drawing included), default settings and each switch, side by side in one run.
+"""One full update (drawing included): three settings, and each switch, side by side in one run.
 
     python benchmarks/update.py                        tiny-animals on a CPU, SD1.5 on a GPU
     python benchmarks/update.py --only default no_flow --repeats 5
     python benchmarks/update.py --against 3a0941a      this revision and that one, in turns
     python benchmarks/update.py --profile              the largest costs by name
+
+Switches are added to one of the settings: default, or on a GPU fast, which is shorter (--base).
 
 SD1.5 and its reward have random weights. Every measurement is a fresh process; variants take turns,
 so that a busy machine slows all of them alike. FLOPs are counted by torch's FlopCounterMode; the
@@ -37,19 +39,50 @@ from common import (
 Options = dict[str, Any]
 CLOCK = "seconds" if torch.cuda.is_available() else "processor seconds"
 
-VARIANTS: dict[str, Options] = {
-    "default": {},
-    "no_flow": {"model.no_flow": True},
+SWITCHES: dict[str, Options] = {
     "micro_batch=8": {"training.micro_batch": 8},
+    "micro_batch=20": {"training.micro_batch": 20},
     "gradient_checkpointing": {"training.gradient_checkpointing": True},
     "vae_slice=4": {"training.vae_slice": 4},
     "vae_checkpointing": {"training.vae_checkpointing": True},
     "compile": {"speed.compile": True},
     "channels_last": {"speed.channels_last": True},
+    "channels_last and compile": {"speed.channels_last": True, "speed.compile": True},
     "fused_optimizer": {"speed.fused_optimizer": True},
     "adamw8bit": {"training.optimizer": "adamw8bit"},
     "offload_text_encoder": {"speed.offload_text_encoder": True},
 }
+NEW = ("speed.", "training.vae_")  # groups of options that an older revision need not have
+
+
+def sizes(batch: int, batches: int) -> Options:
+    """One update an epoch, on `batches` batches of `batch` paths."""
+    return {
+        "sampling.batch_size": batch,
+        "sampling.num_batches_per_epoch": batches,
+        "training.batch_size": batch,
+        "training.gradient_accumulation_steps": batches,
+    }
+
+
+SETTINGS: dict[str, dict[str, Options]] = {
+    "sd15": {  # paths of an update as in the commands of the README
+        "default": {**sizes(4, 8), "sampling.batch_size": 16, "sampling.num_batches_per_epoch": 2},
+        "fast": sizes(4, 1),
+        "no_flow": {**sizes(4, 4), "model.no_flow": True},
+    },
+    "tiny-animals": {  # of `make demo`; fast: a quarter of its paths
+        "default": {},
+        "fast": sizes(4, 1),
+        "no_flow": {"model.no_flow": True},
+    },
+}
+
+
+def variants(model: str, base: str) -> dict[str, Options]:
+    """The settings of `model`, and `base` with each switch."""
+    found = dict(SETTINGS[model])
+    return found | {f"{base}, {name}": {**found[base], **o} for name, o in SWITCHES.items()}
 
 
 def settings(model: str, folder: Path) -> tuple[str, Options]:
@@ -63,10 +96,7 @@ def settings(model: str, folder: Path) -> tuple[str, Options]:
     reward.clip.save_pretrained(folder / "clip")
     torch.save(reward.head.state_dict(), folder / "sac+logos+ava1-l14-linearMSE.pth")
     options = {"pretrained.model": str(folder / "sd15"), "reward.weights": str(folder)}
-    # one update an epoch: 4 paths of 50 steps, 6 transitions each
-    batches = {"sampling.batch_size": 4, "sampling.num_batches_per_epoch": 1}
-    steps = {"training.gradient_accumulation_steps": 1, "training.batch_size": 4}
-    return "aesthetic", {**QUIET, **options, **batches, **steps}
+    return "aesthetic", {**QUIET, **options, **SETTINGS["sd15"]["fast"]}
 
 
 def row(name: str, runs: list[dict[str, Any]], flops: float | None, rate: float) -> dict[str, Any]:
@@ -91,15 +121,24 @@ def row(name: str, runs: list[dict[str, Any]], flops: float | None, rate: float)
 
 
 def compare(arguments: Any, config: str, base: Options) -> None:
-    """The variants in turns; with --against, each of them in both revisions."""
+    """The variants in turns; with --against, each of them in both revisions, the other one without
+    the switches that it does not know.
+    """
+    known = variants(arguments.model, arguments.base)
+    usual = [name for name in known if "compile" not in name or torch.cuda.is_available()]
+    names = arguments.only or usual  # compiling takes minutes on a CPU
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise SystemExit(f"--only: there is no {unknown!r}; there are: {'; '.join(known)}")
     with ExitStack() as stack:
         sources = {"": ROOT / "src"}
         if arguments.against:
             sources[f" @ {arguments.against}"] = stack.enter_context(revision(arguments.against))
         jobs = {
-            name + label: ({"config": config, "options": {**base, **VARIANTS[name]}}, source)
-            for name in arguments.only
+            name + label: ({"config": config, "options": {**base, **chosen}}, source)
+            for name in names
             for label, source in sources.items()
+            for chosen in [without(NEW, known[name]) if label else known[name]]
         }
         runs = defaultdict[str, list[dict[str, Any]]](list)
         for _ in range(arguments.repeats):
@@ -109,16 +148,22 @@ def compare(arguments: Any, config: str, base: Options) -> None:
         flops = {}
         if not arguments.against:  # counting is slow, and the other revision may do other work
             for name, (job, source) in jobs.items():
-                found = child({**job, "updates": 1, "mode": "flops"}, source)
+                eager = without(("speed.compile",), job["options"])
+                counted = {**job, "options": eager, "updates": 1, "mode": "flops"}
+                found = child(counted, source)
                 flops[name] = found.get("flops")
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     rate = matmul_rate(device(), dtype)
     rows = [row(name, runs[name], flops.get(name), rate) for name in jobs]
     result = {"machine": machine(), "matmul FLOP/s": rate, "flops": flops, "runs": runs}
     if arguments.against:
-        result["ratios"] = ratios(arguments.only, f" @ {arguments.against}", runs)
+        result["ratios"] = ratios(names, f" @ {arguments.against}", runs)
         print(result["ratios"])
     report(result, rows, arguments.out)
+
+
+def without(groups: tuple[str, ...], options: Options) -> Options:
+    return {key: value for key, value in options.items() if not key.startswith(groups)}
 
 
 def ratios(names: list[str], label: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -140,8 +185,9 @@ def ratios(names: list[str], label: str, runs: dict[str, list[dict[str, Any]]]) 
 
 
 def show_profile(arguments: Any, config: str, base: Options) -> None:
-    """The five largest of the phases and of the operators."""
-    job = {"config": config, "options": base, "updates": arguments.updates, "mode": "profile"}
+    """The five largest of the phases and of the operators, with the settings of --base."""
+    options = {**base, **SETTINGS[arguments.model][arguments.base]}
+    job = {"config": config, "options": options, "updates": arguments.updates, "mode": "profile"}
     found = child(job)
     if "error" in found:
         raise SystemExit(found["error"])
@@ -157,10 +203,10 @@ def show_profile(arguments: Any, config: str, base: Options) -> None:
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--model", default="sd15" if torch.cuda.is_available() else "tiny-animals")
-    # compiling takes minutes on a CPU
-    usual = [name for name in VARIANTS if name != "compile" or torch.cuda.is_available()]
-    p.add_argument("--only", nargs="+", default=usual, choices=list(VARIANTS))
+    usual = "sd15" if torch.cuda.is_available() else "tiny-animals"
+    p.add_argument("--model", default=usual, choices=list(SETTINGS))
+    p.add_argument("--base", default="fast" if usual == "sd15" else "default")
+    p.add_argument("--only", nargs="+", default=[], help="variants by name, as the table has them")
     p.add_argument("--updates", type=int, default=3, help="timed in each process")
     p.add_argument("--repeats", type=int, default=3, help="processes per variant")
     p.add_argument("--against", default="", help="a git revision to measure in turns with this one")
