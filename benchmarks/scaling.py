@@ -29,7 +29,10 @@ def cases(processes: list[int]) -> list[dict[str, Any]]:
     found = [{"what": f"{n} steps", "options": {"sampling.num_steps": n}} for n in (10, 20, 40)]
     found += [{"what": f"batch {n}", "options": batch(n)} for n in (4, 8, 16)]
     found += [{"what": f"latents of {n}x{n}", "options": batch(4), "size": n} for n in (8, 16)]
-    found += [{"what": f"{n} processes", "options": batch(8), "processes": n} for n in processes]
+    found += [
+        {"what": f"{n} process" + "es" * (n > 1), "options": batch(8), "processes": n}
+        for n in processes
+    ]
     return found
 
 
