@@ -39,8 +39,9 @@ OPTIONS = {
     "logging.sample_freq": 1,
     "logging.num_samples": 2,
     "logging.samples_per_prompt": 2,
-    "evaluation.num_prompts": 3,
-    "evaluation.images_per_prompt": 3,  # 9 samples: 2 + 2 + 1 and 2 + 2 of a batch at a time
+    "evaluation.num_prompts": 1,
+    "evaluation.images_per_prompt": 3,  # two for the first process and one for the second
+    "evaluation.batch_size": 1,
 }
 
 
@@ -104,12 +105,19 @@ def watch_clean(trainer: Trainer) -> list[bool]:
     return seen
 
 
-QUICK = {"training.num_epochs": 1, "evaluation.num_prompts": 0, "logging.sample_freq": 0}
+UNMEASURED = {"evaluation.num_prompts": 0, "logging.sample_freq": 0}
+QUICK = {"training.num_epochs": 1, **UNMEASURED}
+
+KINDS = {
+    "flow": {},
+    "no_flow": {"model.no_flow": True, **QUICK},
+    "draft": {"experiment.method": "draft-k", "method.draft_steps": 3, **QUICK},
+}
 
 
 def main(model: Path, out: Path) -> None:
     found: dict[str, object] = {}
-    for kind, options in {"flow": {}, "no_flow": {"model.no_flow": True, **QUICK}}.items():
+    for kind, options in KINDS.items():
         whole = trainer(model, out / f"whole_{kind}", shard=False, **options)
         whole.fit()
         found["bytes_whole"] = bytes_of(whole.policy)
@@ -122,9 +130,9 @@ def main(model: Path, out: Path) -> None:
     checkpointed = {"training.gradient_checkpointing": True, "training.vae_slice": 1, **QUICK}
     trainer(model, out / "checkpointed", shard=True, **checkpointed).fit()
     stop = Score(lambda: os.kill(os.getpid(), signal.SIGTERM), 7)
-    cut = trainer(model, out / "cut", shard=True, reward=stop).fit()
+    cut = trainer(model, out / "cut", shard=True, reward=stop, **UNMEASURED).fit()
     found["cut"] = [cut.finished, cut.updates]
-    found["resumed"] = trainer(model, out / "cut", shard=True).fit().updates
+    found["resumed"] = trainer(model, out / "cut", shard=True, **UNMEASURED).fit().updates
     for kind in ("whole", "sharded"):
         asked = Request(images_per_prompt=3, rewards=(), checkpoints=("update_000002",))
         evaluate(RunFolder(out / f"{kind}_flow"), asked, show=False)
