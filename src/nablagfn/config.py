@@ -114,7 +114,7 @@ class Training(Group):
     shard_base: bool = Field(
         False,
         description="several processes: each keeps its share of the U-Net's frozen weights and "
-        "gathers a block's for the time of each pass (FSDP2); for a model that does not fit beside "
+        "gathers a part at a time for each pass (FSDP2); for a model that does not fit beside "
         "its activations. docs/many_gpus.md says what it refuses",
     )
 

@@ -150,7 +150,7 @@ class StableDiffusionPolicy:
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
         device = device or PartialState(cpu=not torch.accelerator.is_available()).device
-        if shard:  # the U-Net goes there block by block
+        if shard:  # the U-Net goes there part by part
             for part in (pipeline.vae, pipeline.text_encoder):
                 part.to(device)
         else:
