@@ -139,7 +139,9 @@ def main(model: Path, out: Path) -> None:
     if RANK == 0:
         (out / "found.json").write_text(json.dumps(found), encoding="utf-8")
     try:
-        trainer(model, out / "oom", shard=True, reward=Score(run_out_of_memory, 3), **QUICK).fit()
+        full = Score(run_out_of_memory, 3)
+        options = {"training.micro_batch": 2, **QUICK}  # one alone would try again with 1
+        trainer(model, out / "oom", shard=True, reward=full, **options).fit()
     except TrainingError as error:
         fail(str(error), alone=error.alone)
 
