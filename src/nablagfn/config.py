@@ -521,6 +521,8 @@ REMOVED = {
     "logging.save_json": "metrics are always written to RUN/metrics.jsonl",
 }
 
+ELSEWHERE = {"training.learning_rate": "training.lr"}  # names of other programs, unlike ours
+
 
 def find_file(name: str) -> Path | None:
     """The file `name` (~ expanded), or None; never raises, however odd the name."""
@@ -537,7 +539,7 @@ def set_option(config: Config, key: str, value: Any) -> None:
     if key in REMOVED:
         raise ConfigError(f"config.{key} does not exist here: {REMOVED[key]}")
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        near = ELSEWHERE.get(key) or difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown option config.{key}: did you mean config.{near}?")
     *path, name = key.split(".")
     group: Any = config
