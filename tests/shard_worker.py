@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from nablagfn import distributed, report
 from nablagfn.cli.common import fail
 from nablagfn.config import Config
-from nablagfn.evaluate import Request, evaluate
+from nablagfn.evaluate import Request, build_evaluator, evaluate, make_plan
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.rewards import NamedReward, resolve
 from nablagfn.runfolder import RunFolder
@@ -135,7 +135,10 @@ def main(model: Path, out: Path) -> None:
     found["resumed"] = trainer(model, out / "cut", shard=True, **UNMEASURED).fit().updates
     for kind in ("whole", "sharded"):
         asked = Request(images_per_prompt=3, rewards=(), checkpoints=("update_000002",))
-        evaluate(RunFolder(out / f"{kind}_flow"), asked, show=False)
+        folder = RunFolder(out / f"{kind}_flow")
+        evaluate(folder, asked, show=False)
+        built = build_evaluator(make_plan(folder, asked), sharded.accelerator)
+        found[f"evaluated_{kind}"] = bytes_of(built.policy)
     if RANK == 0:
         (out / "found.json").write_text(json.dumps(found), encoding="utf-8")
     try:
