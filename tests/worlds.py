@@ -70,6 +70,7 @@ class MixtureWorld:
 
     sample_shape: tuple[int, ...] = (2,)
     device = torch.device("cpu")
+    together = False
 
     def __init__(self, hidden: int = 16, seed: int = 0) -> None:
         self.alphas_cumprod = sd_alphas_cumprod()

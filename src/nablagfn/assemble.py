@@ -15,6 +15,7 @@ from .evaluation import PictureView, draw
 from .extractors import Extractor, embedded, load_extractor
 from .methods import build_kernel
 from .models.locate import locate
+from .models.shard import check_several
 from .models.stable_diffusion import StableDiffusionPolicy
 from .models.tune import tune
 from .prompts import PromptSet, load_prompts
@@ -49,6 +50,11 @@ def check_names(config: Config) -> None:
             raise ConfigError(f"config.evaluation.held_out_rewards={name!r}: {error}") from None
     if worlds.is_world(model):
         worlds.load(model)
+        if config.training.shard_base:
+            raise ConfigError(
+                f"config.training.shard_base=True does not go with {model}: a world is exact and "
+                "has no weights to shard"
+            )
     else:
         locate(model, config.pretrained.revision)
 
@@ -83,8 +89,11 @@ def build_view(config: Config, extractor: Extractor = embedded) -> View:
     return WorldView(policy.world, build_kernel(config, policy))
 
 
-def build_policy(config: Config, device: torch.device) -> Policy:
-    """The pretrained model with its adapter, on `device`. Raises ConfigError when it is missing."""
+def build_policy(config: Config, device: torch.device, *, shard: bool = False) -> Policy:
+    """The pretrained model with its adapter, on `device`. Raises ConfigError when it is missing.
+
+    shard: spread over the processes, which then have to make each pass together.
+    """
     name = config.pretrained.model
     if worlds.is_world(name):
         return WorldPolicy(worlds.load(name), seed=config.seed).to(device)
@@ -99,6 +108,7 @@ def build_policy(config: Config, device: torch.device) -> Policy:
         gradient_checkpointing=config.training.gradient_checkpointing,
         vae_checkpointing=config.training.vae_checkpointing,
         vae_slice=config.training.vae_slice,
+        shard=shard,
     )
     return tune(policy, config.speed)
 
@@ -106,6 +116,8 @@ def build_policy(config: Config, device: torch.device) -> Policy:
 def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     """Check and load everything in the order of cost: names first, weights last."""
     check_names(config)
+    if config.training.shard_base:
+        check_several(process_state().num_processes)
     prompts = build_prompts(config)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
@@ -116,7 +128,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     )
     view = build_view(config, build_extractor(config, device))
     return Trainer(
-        build_policy(config, device),
+        build_policy(config, device, shard=config.training.shard_base),
         reward,
         prompts,
         config,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -49,6 +49,8 @@ Method = Annotated[
     ],
     BeforeValidator(_lower),
 ]
+# methods whose passes depend on the steps that a process drew, so that they cannot be sharded
+UNEVEN = ("adjoint-matching", "alignprop", "dag-db")
 Attenuation = Annotated[Literal["squared", "sqrt", "none"], BeforeValidator(_lower)]
 
 
@@ -108,6 +110,12 @@ class Training(Group):
     )
     vae_checkpointing: bool = Field(
         False, description="recompute the activations of the VAE's decoder to save memory"
+    )
+    shard_base: bool = Field(
+        False,
+        description="several processes: each keeps its share of the U-Net's frozen weights and "
+        "gathers a part at a time for each pass (FSDP2); for a model that does not fit beside "
+        "its activations. docs/many_gpus.md says what it refuses",
     )
 
 
@@ -442,6 +450,31 @@ class Config(Group):
                 "config.speed.fused_optimizer=True has a meaning for "
                 "config.training.optimizer=adamw only"
             )
+        if self.training.shard_base:
+            self._check_shards()
+
+    def _check_shards(self) -> None:
+        """A pass of a sharded model is made by all processes or hangs: raises ConfigError for what
+        leaves passes out by what this process has drawn, and for what was not tried.
+        """
+        method = self.experiment.method
+        sweeps = self.method.return_lambda > 0 and not self.method.window
+        key = "config.training.shard_base=True"
+        if method in UNEVEN:
+            even = [name for name in get_args(get_args(Method)[0]) if name not in UNEVEN]
+            raise ConfigError(
+                f"{key} does not go with config.experiment.method={method}: its processes make "
+                f"different numbers of passes; take one of {', '.join(even)}"
+            )
+        if method == "nabla-db-lambda" and sweeps:
+            raise ConfigError(
+                f"{key} does not go with config.method.return_lambda={self.method.return_lambda:g} "
+                "over whole trajectories, whose processes make different numbers of passes: set "
+                "config.method.window, or config.method.return_lambda=0"
+            )
+        for name in ("compile", "channels_last"):
+            if getattr(self.speed, name):
+                raise ConfigError(f"{key} was not tried with config.speed.{name}: leave one out")
 
     def updates_per_epoch(self) -> int:
         """Optimizer updates per inner epoch. Raises ConfigError when the batches do not divide."""
@@ -488,6 +521,8 @@ REMOVED = {
     "logging.save_json": "metrics are always written to RUN/metrics.jsonl",
 }
 
+ELSEWHERE = {"training.learning_rate": "training.lr"}  # names of other programs, unlike ours
+
 
 def find_file(name: str) -> Path | None:
     """The file `name` (~ expanded), or None; never raises, however odd the name."""
@@ -504,7 +539,7 @@ def set_option(config: Config, key: str, value: Any) -> None:
     if key in REMOVED:
         raise ConfigError(f"config.{key} does not exist here: {REMOVED[key]}")
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        near = ELSEWHERE.get(key) or difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown option config.{key}: did you mean config.{near}?")
     *path, name = key.split(".")
     group: Any = config

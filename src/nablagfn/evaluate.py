@@ -226,7 +226,8 @@ def build_evaluator(plan: Plan, accelerator: Accelerator) -> Evaluator:
     reward = build_reward(config, device)
     held_out = rewards.resolve_all(plan.held_out, device, config.reward.weights)
     view = build_view(config, build_extractor(config, device))
-    policy = build_policy(config, device)
+    several = accelerator.num_processes > 1
+    policy = build_policy(config, device, shard=config.training.shard_base and several)
     return Evaluator(
         accelerator,
         policy,

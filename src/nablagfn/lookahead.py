@@ -81,13 +81,22 @@ class LogReward:
 def predicted_clean(policy: Policy, x: Tensor, k: kernels.Step, where: Condition) -> Tensor:
     """x̂_θ(x) [M, ...] at x = x_{k+1}; samples that are clean already (k last) are kept."""
     if len(k.noisy) == 0:
-        return x
+        return _kept_together(policy, x, k, where) if policy.together else x
     if len(k.noisy) == len(x):
         return kernels.predict_clean(x, policy.eps(x, k.timestep_next, where), k.alpha_bar_next)
     rows = beside(k.noisy, x)
     eps = policy.eps(x[rows], k.timestep_next[rows], where[k.noisy])
     predicted = kernels.predict_clean(x[rows], eps, k.alpha_bar_next[rows])
     return x.index_put((rows,), predicted)
+
+
+def _kept_together(policy: Policy, x: Tensor, k: kernels.Step, where: Condition) -> Tensor:
+    """x [M, ...], with the pass that the other processes make, forward and backward: one row of
+    it, of weight zero."""
+    row = torch.zeros(1, dtype=torch.long)
+    here = beside(row, x)
+    eps = policy.eps(x[here], k.timestep_next[here], where[row])
+    return torch.where(torch.zeros_like(x, dtype=torch.bool), eps, x)
 
 
 @contextmanager

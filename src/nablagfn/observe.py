@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .advice import Rows, advise
 from .config import Config
+from .distributed import from_main_process
 from .evaluation import Evaluator, Measurement, Sample, summarise
 from .guard import Probe
 from .metrics.diversity import pairwise_distance
@@ -97,14 +98,14 @@ class Observer:
 
     def before(self) -> Measurement | None:
         """The frozen model's figures; measured once in the life of a run folder."""
-        known = self._known()
+        known = from_main_process(self._known())  # all measure, or none
         if "before" in known:
             return Measurement(**known["before"])
         return self._measure("before", 0)
 
     def after(self, update: int) -> Measurement | None:
         """The finetuned model's figures after `update` updates."""
-        known = self._known()
+        known = from_main_process(self._known())
         if known.get("updates") == update and "after" in known:
             return Measurement(**known["after"])
         return self._measure("after", update)

@@ -41,6 +41,7 @@ CHANGEABLE = (
     "training.gradient_checkpointing",
     "training.vae_slice",
     "training.vae_checkpointing",
+    "training.shard_base",
 )
 
 

@@ -54,6 +54,15 @@ def check_device(policy: Policy, accelerator: Accelerator) -> None:
         )
 
 
+def check_shards(policy: Policy, config: Config) -> None:
+    """Raises ConfigError when the config asks for shards and the policy is whole."""
+    if config.training.shard_base and not policy.together:
+        raise ConfigError(
+            "config.training.shard_base=True, but the policy is whole: load it with "
+            "StableDiffusionPolicy.from_pretrained(…, shard=True), or leave the option out"
+        )
+
+
 class Stopped(Exception):
     """A stop was requested within an epoch; the run goes on from the epoch's start."""
 
@@ -98,6 +107,7 @@ class Trainer:
         show_progress: bool = True,
     ) -> None:
         reward = named(reward)
+        check_shards(policy, config)
         self.config = config = settle(config, policy, reward)
         self.policy, self.reward, self.prompts = policy, reward, prompts
         self.updates_per_epoch = config.updates_per_epoch() * config.training.num_inner_epochs
@@ -169,7 +179,10 @@ class Trainer:
             try:
                 return self._fit()
             except torch.OutOfMemoryError:
-                raise TrainingError(f"out of memory: {backoff.SAVE_MEMORY}") from None
+                advice = backoff.SAVE_MEMORY
+                if self.policy.together:
+                    advice = f"lower config.training.micro_batch, {advice}"
+                raise TrainingError(f"out of memory: {advice}", alone=True) from None
 
     def _fit(self) -> RunResult:
         """`fit`, with the run folder held."""

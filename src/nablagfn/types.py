@@ -168,8 +168,13 @@ class Reward(Protocol):
 
 
 class Policy(Protocol):
-    """A pretrained diffusion model with a trainable adapter, seen as an ε-predictor."""
+    """A pretrained diffusion model with a trainable adapter, seen as an ε-predictor.
 
+    together: every pass of `eps`, forward and backward, is made by all processes at the same time,
+    so none may leave one out.
+    """
+
+    together: bool
     sample_shape: tuple[int, ...]
     alphas_cumprod: Tensor
 

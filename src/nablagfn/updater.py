@@ -20,7 +20,14 @@ from .types import Objective, Policy, Selection
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line that says why and what to do."""
+    """Training cannot go on; the message is one line that says why and what to do.
+
+    alone: the other processes know nothing of it.
+    """
+
+    def __init__(self, message: str, *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 def require_finite(value: float, what: str, advice: str) -> None:
@@ -56,6 +63,7 @@ class Updater:
     ) -> None:
         self.accelerator = accelerator
         self.objective = objective
+        self.together = policy.together
         self.num_steps = config.sampling.num_steps
         self.limit = config.training.max_grad_norm
         self.rows = config.training.micro_batch or config.training.batch_size
@@ -71,11 +79,14 @@ class Updater:
         """One optimizer step on the transitions of this process.
 
         The loss is the mean over all transitions, whatever the micro-batch. Raises TrainingError
-        when the gradient is not finite, and torch.OutOfMemoryError when one row is too many.
+        when the gradient is not finite, and torch.OutOfMemoryError when one row is too many, or at
+        once where the other processes wait within a pass.
         """
-        fitted = backoff.fit(lambda rows: self.accumulate(chosen, rows), self.rows, self._say)
-        self.rows = fitted.rows
-        found = fitted.value
+        if self.together:
+            found = self.accumulate(chosen, self.rows)
+        else:
+            fitted = backoff.fit(lambda rows: self.accumulate(chosen, rows), self.rows, self._say)
+            self.rows, found = fitted.rows, fitted.value
         metrics = distributed.average_metrics(self.accelerator, found.sums)
         return Updated({**metrics, **self._step()}, found.by_step.row(self.accelerator))
 

@@ -53,8 +53,11 @@ def _options_help() -> str:
     return "\n".join(lines).replace("%", "%%")
 
 
-def fail(message: str) -> NoReturn:
-    """One line from the first process of each machine, then exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message: str, *, alone: bool = False) -> NoReturn:
+    """One line from the first process of each machine, then exit code 2.
+
+    alone: what the other processes do not know is said by whichever it happened to.
+    """
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"nablagfn: error: {message}", file=sys.stderr)
     sys.exit(BAD_INPUT)

@@ -68,7 +68,7 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     try:
         result = trainer.fit()
     except TrainingError as error:
-        fail(str(error))
+        fail(str(error), alone=error.alone)
     if trainer.accelerator.is_main_process:
         summarise(result)
 

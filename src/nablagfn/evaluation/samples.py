@@ -88,10 +88,13 @@ class Evaluator:
         share = -(-len(prompts) // world)
         mine: list[Sample] = []
         last = min(len(prompts), (rank + 1) * share)
-        for start in range(rank * share, last, self.batch_size):
+        for start in range(rank * share, (rank + 1) * share, self.batch_size):
             rows = range(start, min(start + self.batch_size, last))
-            with self.policy.reference() if reference else nullcontext():
-                mine += self._measure([prompts[i] for i in rows], rows, reference, keep)
+            asked = rows or range(1)  # out of samples: the first one again, for the others' sake
+            if rows or self.policy.together:
+                with self.policy.reference() if reference else nullcontext():
+                    found = self._measure([prompts[i] for i in asked], asked, reference, keep)
+                mine += found[: len(rows)]
             on_done(len(rows) * world)
         return sorted(gather(self.accelerator, mine), key=lambda sample: sample.index)
 

@@ -24,6 +24,7 @@ from ..surrogate import wants_gradient
 from ..types import Condition, Metadata
 from .flow import UNetFlow
 from .locate import locate
+from .shard import shard as shard_over_processes
 
 ADAPTER = "default"
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -79,7 +80,8 @@ class StableDiffusionPolicy:
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. seed: of the LoRA's gaussian initialisation. The LoRA is float32
     whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
-    no gradient is taken. name: hub name or folder, for the run's records.
+    no gradient is taken. name: hub name or folder, for the run's records. shard: the U-Net's
+    frozen weights are spread over the processes (`models.shard`), on the device of the VAE.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class StableDiffusionPolicy:
         vae_checkpointing: bool = False,
         vae_slice: int = 0,
         name: str = "",
+        shard: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.name = name or str(pipeline.name_or_path or "unnamed")
@@ -105,6 +108,9 @@ class StableDiffusionPolicy:
         if ADAPTER in getattr(self.unet, "peft_config", {}):
             self.unet.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
         self._add_lora(lora_rank, seed)
+        self.together = shard
+        if shard:
+            shard_over_processes(self.unet, self.vae.device, self.parameters())
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()  # diffusers checkpoints in training mode only; SD has no dropout
@@ -134,6 +140,7 @@ class StableDiffusionPolicy:
         gradient_checkpointing: bool = False,
         vae_checkpointing: bool = False,
         vae_slice: int = 0,
+        shard: bool = False,
     ) -> StableDiffusionPolicy:
         """Load `model` (hub name, folder, or 'tiny-animals'). Raises ConfigError if missing.
 
@@ -142,7 +149,12 @@ class StableDiffusionPolicy:
         pipeline = load_pipeline(model, revision, dtype)
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
-        pipeline.to(device or PartialState(cpu=not torch.accelerator.is_available()).device)
+        device = device or PartialState(cpu=not torch.accelerator.is_available()).device
+        if shard:  # the U-Net goes there part by part
+            for part in (pipeline.vae, pipeline.text_encoder):
+                part.to(device)
+        else:
+            pipeline.to(device)
         return cls(
             pipeline,
             guidance_scale=guidance_scale,
@@ -152,6 +164,7 @@ class StableDiffusionPolicy:
             vae_checkpointing=vae_checkpointing,
             vae_slice=vae_slice,
             name=model,
+            shard=shard,
         )
 
     def _add_lora(self, rank: int, seed: int) -> None:
@@ -285,8 +298,9 @@ class StableDiffusionPolicy:
         return flow.to(self.device)
 
     def settings(self) -> dict[str, Any]:
-        """Model, guidance and rank as they are, whatever a config says."""
+        """Model, guidance, rank and sharding as they are, whatever a config says."""
         return {
+            "training.shard_base": self.together,
             "pretrained.model": self.name,
             "sampling.guidance_scale": self.guidance_scale,
             "model.lora_rank": self.unet.peft_config[ADAPTER].r,

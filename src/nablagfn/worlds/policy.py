@@ -87,6 +87,8 @@ class WorldPolicy:
     seed: of the adapter's weights, all but the last layer, which is zero.
     """
 
+    together = False
+
     def __init__(self, world: World, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         self.world = world
         self.sample_shape: tuple[int, ...] = (world.dim,)
