@@ -27,12 +27,13 @@ from common import (
     child,
     device,
     machine,
-    matmul_rate,
     parser,
     report,
     revision,
     summary,
 )
+
+from nablagfn.planner import matmul_rate
 
 Options = dict[str, Any]
 CLOCK = "seconds" if torch.cuda.is_available() else "processor seconds"

@@ -13,7 +13,7 @@ import torch
 
 from ..config import Config, ConfigError, flatten
 from .parts import NOTHING, Parts, learns_flow, measure
-from .work import Work, work_of
+from .work import Passes, Price, Work, total, update_passes, work_of
 
 CONTEXT = 0.6e9  # bytes of a CUDA context and its libraries; assumed, not measured
 SLACK = 1.1  # on what comes and goes: fragmentation, workspaces; assumed, not measured
@@ -102,14 +102,28 @@ def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """setting: None when nothing fits; then the figures are those of the smallest setting."""
+    """setting: None when nothing fits; then the figures are those of the smallest setting.
+
+    passes: of one update and process, by part. prices: FLOPs of one pass of each.
+    """
 
     setting: Setting | None
     usable: float
     fixed: Mapping[str, float]
     moments: Mapping[str, float]
-    eps: float
-    flops: float
+    passes: Mapping[str, Passes]
+    prices: Mapping[str, Price]
+
+    @property
+    def eps(self) -> float:
+        """Guided evaluations of one update and process, forward and backward."""
+        unet = self.passes["U-Net"]
+        return self.passes["drawing"].forward + unet.forward + unet.backward
+
+    @property
+    def flops(self) -> float:
+        """Of one update and process."""
+        return total(self.passes, self.prices)
 
     @property
     def peak(self) -> float:
@@ -185,8 +199,8 @@ def predict(config: Config, device: torch.device) -> Plan:
 
 def _planned(config: Config, parts: Parts, work: Work, usable: float, setting: Setting) -> Plan:
     found = moments(config, parts, work, setting)
-    arithmetic = _arithmetic(config, parts, work, setting.gradient_checkpointing)
-    return Plan(setting, usable, parts.fixed, found, *arithmetic)
+    prices = parts.prices(checkpointing=setting.gradient_checkpointing)
+    return Plan(setting, usable, parts.fixed, found, update_passes(config, work), prices)
 
 
 def _rows(config: Config, work: Work) -> int:
@@ -208,19 +222,3 @@ def _largest(config: Config, parts: Parts, work: Work, usable: float, way: Setti
     batch = next((n for n in batches if tried(1, n).peak <= usable), 1)
     micro = next((n for n in splits if tried(n, batch).peak <= usable), 0)
     return tried(micro, batch) if micro else replace(tried(1, batch), setting=None)
-
-
-def _arithmetic(
-    config: Config, parts: Parts, work: Work, checkpointing: bool
-) -> tuple[float, float]:
-    """Guided evaluations and FLOPs of one update and process, its share of drawing included."""
-    paths = config.training.batch_size * config.training.gradient_accumulation_steps
-    share = paths / config.training.num_inner_epochs
-    drawing = share * config.sampling.num_steps
-    p, eps = parts, parts.eps_checkpointed if checkpointing else parts.eps
-    learned = work.eps - config.sampling.num_steps
-    flops = (drawing + paths * learned) * eps.forward
-    flops += paths * work.eps_backward * eps.backward
-    flops += paths * work.decode * (p.decode.forward + p.reward.forward)
-    flops += paths * work.decode_backward * (p.decode.backward + p.reward.backward)
-    return drawing + paths * (learned + work.eps_backward), flops
