@@ -64,7 +64,22 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     name = config.experiment.reward_fn
     if worlds.is_world(name):
         return NamedReward(name, WorldReward(worlds.load(name)))
-    return rewards.resolve(name, device, config.reward.weights, config.reward)
+    found = rewards.resolve(name, _home(config, device), config.reward.weights, config.reward)
+    return rewards.offloaded(found) if config.speed.offload_reward else found
+
+
+def build_held_out(config: Config, device: torch.device) -> dict[str, NamedReward]:
+    """The rewards of `evaluation.held_out_rewards`, by name."""
+    names = config.evaluation.held_out_rewards
+    found = rewards.resolve_all(names, _home(config, device), config.reward.weights)
+    if not config.speed.offload_reward:
+        return found
+    return {name: rewards.offloaded(reward) for name, reward in found.items()}
+
+
+def _home(config: Config, device: torch.device) -> torch.device:
+    """Where rewards are loaded to."""
+    return torch.device("cpu") if config.speed.offload_reward else device
 
 
 def build_extractor(config: Config, device: torch.device) -> Extractor:
@@ -111,9 +126,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     accelerator = make_accelerator(config, folder)
     device = accelerator.device
     reward = build_reward(config, device)
-    held_out = rewards.resolve_all(
-        config.evaluation.held_out_rewards, device, config.reward.weights
-    )
+    held_out = build_held_out(config, device)
     view = build_view(config, build_extractor(config, device))
     return Trainer(
         build_policy(config, device),

@@ -130,6 +130,12 @@ class Speed(Group):
         description="the text encoder stays in the computer's memory while no new prompt is "
         "encoded; each prompt is encoded once",
     )
+    offload_reward: bool = Field(
+        False,
+        description="the weights of the reward, and of held-out ones, stay in the computer's "
+        "memory while no pictures are scored; each scoring copies them (each micro-batch or "
+        "training.vae_slice)",
+    )
 
 
 class Model(Group):

@@ -10,7 +10,7 @@ device for the run's own architecture (`parts`); which parts are alive together 
 Passes are counted in a world (`work`); what one takes is timed here or given (`seconds`).
 """
 
-from .parts import Parts, measure, modules_of
+from .parts import Parts, measure
 from .plan import (
     CONTEXT,
     Plan,
@@ -40,7 +40,6 @@ __all__ = [
     "matmul_rate",
     "measure",
     "measuring_passes",
-    "modules_of",
     "moments",
     "parse_memory",
     "parse_rate",

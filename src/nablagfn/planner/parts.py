@@ -6,8 +6,8 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..config import Config, ConfigError
 from ..costs import Cost, cost, per_row, size_of
 from ..distributed import weight_dtype
 from ..models.stable_diffusion import StableDiffusionPolicy
-from ..rewards import NamedReward
+from ..rewards import NamedReward, components_of, modules_of
 from ..rewards.clip import ClipScore
 from ..rewards.imagereward import ImageReward
 from ..types import Condition
@@ -32,7 +32,8 @@ NOTHING = Cost(0, 0, 0, 0)
 class Parts:
     """A run's model in numbers. fixed: bytes by what they are. The costs are those of one row, a
     guided evaluation counting as one; `_checkpointed` with gradient checkpointing, `_free` without
-    gradient. sample: bytes of one x."""
+    gradient. sample: bytes of one x. visiting: of the reward's weights, if they are there while it
+    scores only."""
 
     fixed: Mapping[str, float]
     eps: Cost
@@ -44,6 +45,7 @@ class Parts:
     reward_free: Cost
     flow: Cost
     sample: float
+    visiting: float = 0.0
 
     def prices(self, *, checkpointing: bool) -> dict[str, Cost]:
         """FLOPs of one row, by the parts of `work.update_passes`."""
@@ -65,7 +67,8 @@ def measure(config: Config, device: torch.device) -> Parts:
         raise ConfigError(f"{config.pretrained.model} is a world: it fits into any memory")
     with META:
         subject = build_subject(config, weight_dtype(config, device), META)
-        return subject.parts(_fixed(config, subject))
+        parts = subject.parts(_fixed(config, subject))
+        return replace(parts, visiting=_visiting(config, subject.reward))
 
 
 def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Subject:
@@ -119,16 +122,6 @@ class _PassedBy(nn.Module):
 
     def forward(self, encoder_hidden_states: Tensor, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=encoder_hidden_states[..., : self.width])
-
-
-def modules_of(thing: object, depth: int = 6) -> list[nn.Module]:
-    """The modules within a reward: itself, or in its attributes, `depth` levels down."""
-    if isinstance(thing, nn.Module):
-        return [thing]
-    if isinstance(thing, ModuleType) or not depth:
-        return []
-    inside = thing if isinstance(thing, (tuple, list)) else getattr(thing, "__dict__", {}).values()
-    return [module for part in inside for module in modules_of(part, depth - 1)]
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -263,12 +256,20 @@ def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     flow = size_of(subject.flow.parameters()) if learns_flow(config) else 0
     moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
     copies = 2 + moments  # of the float32 weights, gradients among them
-    offloaded = config.speed.offload_text_encoder
+    speed = config.speed
+    words, reward = _tensors([pipeline.text_encoder]), _tensors(modules_of(subject.reward))
     return {
         "U-Net": size_of(_tensors([pipeline.unet])) - theta,
         "VAE": size_of(_tensors([pipeline.vae])),
-        "text encoder": 0 if offloaded else size_of(_tensors([pipeline.text_encoder])),
-        "reward": size_of(_tensors(modules_of(subject.reward))),
+        "text encoder": 0 if speed.offload_text_encoder else size_of(words),
+        "reward": 0 if speed.offload_reward else size_of(reward),
         "LoRA and its optimizer": copies * theta,
         "flow network and its optimizer": copies * flow,
     }
+
+
+def _visiting(config: Config, reward: NamedReward) -> float:
+    """Bytes of the largest component's weights, where they come and go."""
+    if not config.speed.offload_reward:
+        return 0.0
+    return max(size_of(_tensors(modules_of(part))) for part in components_of(reward))

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from ..config import Config, ConfigError, flatten
+from ..costs import Cost
 from .parts import NOTHING, Parts, learns_flow, measure
 from .work import Passes, Price, Work, total, update_passes, work_of
 
@@ -69,7 +70,7 @@ def moments(config: Config, parts: Parts, work: Work, setting: Setting) -> dict[
     batch = setting.sampling_batch
     piece = min(batch, setting.vae_slice or batch)
     decoding = batch * p.decode_free.held + piece * p.decode_free.passing
-    scoring = batch * (p.decode_free.held + p.reward_free.peak)
+    scoring = batch * (p.decode_free.held + p.reward_free.peak) + p.visiting
     found = {
         "drawing": 2 * paths * path + SLACK * batch * (p.eps_free.peak + path),
         "rewards of the epoch": paths * path + SLACK * max(decoding, scoring),
@@ -92,12 +93,20 @@ def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
     piece = min(rows, setting.vae_slice or rows)
     kept = rows * (alive.with_reward * eps.held + 2 * flow.held * alive.kept)
     if alive.kept and piece == rows:
-        passing = max(eps.passing, p.decode.passing, p.reward.passing)
-        kept += rows * (p.decode.held + p.reward.held + passing)
+        kept += rows * p.decode.held + _on_the_way_back(p, eps, rows)
     else:  # decoder and reward are gone before the way back through the U-Net
-        decoded = piece * max(p.decode.held + p.reward.peak, p.decode.peak)
+        scored = piece * (p.decode.held + p.reward.peak) + p.visiting
+        decoded = max(scored, piece * p.decode.peak)
         kept += max(decoded, rows * eps.passing)
     return {"reward's gradient": kept, **found}
+
+
+def _on_the_way_back(p: Parts, eps: Cost, rows: int) -> float:
+    """Bytes of the reward and of what passes, beside the graphs of U-Net and decoder."""
+    others = max(eps.passing, p.decode.passing)
+    if p.visiting:  # it is differentiated and gone before the way back
+        return max(rows * p.reward.peak + p.visiting, rows * others)
+    return rows * (p.reward.held + max(others, p.reward.passing))
 
 
 @dataclass(frozen=True)
