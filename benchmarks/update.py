@@ -46,10 +46,13 @@ VARIANTS: dict[str, Options] = {
     "vae_slice=4": {"training.vae_slice": 4},
     "vae_checkpointing": {"training.vae_checkpointing": True},
     "compile": {"speed.compile": True},
+    "compile_reward": {"speed.compile_reward": True},
+    "cuda_graphs": {"speed.cuda_graphs": True},
     "channels_last": {"speed.channels_last": True},
     "fused_optimizer": {"speed.fused_optimizer": True},
     "adamw8bit": {"training.optimizer": "adamw8bit"},
     "offload_text_encoder": {"speed.offload_text_encoder": True},
+    "offload_reward": {"speed.offload_reward": True},
 }
 
 
@@ -159,8 +162,8 @@ def show_profile(arguments: Any, config: str, base: Options) -> None:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--model", default="sd15" if torch.cuda.is_available() else "tiny-animals")
-    # compiling takes minutes on a CPU
-    usual = [name for name in VARIANTS if name != "compile" or torch.cuda.is_available()]
+    on_cuda = ("compile", "compile_reward", "cuda_graphs")  # compiling takes minutes on a CPU
+    usual = [name for name in VARIANTS if name not in on_cuda or torch.cuda.is_available()]
     p.add_argument("--only", nargs="+", default=usual, choices=list(VARIANTS))
     p.add_argument("--updates", type=int, default=3, help="timed in each process")
     p.add_argument("--repeats", type=int, default=3, help="processes per variant")

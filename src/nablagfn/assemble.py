@@ -16,7 +16,7 @@ from .extractors import Extractor, embedded, load_extractor
 from .methods import build_kernel
 from .models.locate import locate
 from .models.stable_diffusion import StableDiffusionPolicy
-from .models.tune import tune
+from .models.tune import check_speed, compile_modules, tune
 from .prompts import PromptSet, load_prompts
 from .rewards import NamedReward
 from .runfolder import RunFolder
@@ -65,6 +65,8 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     if worlds.is_world(name):
         return NamedReward(name, WorldReward(worlds.load(name)))
     found = rewards.resolve(name, _home(config, device), config.reward.weights, config.reward)
+    if config.speed.compile_reward:
+        compile_modules(rewards.networks_of(found))
     return rewards.offloaded(found) if config.speed.offload_reward else found
 
 
@@ -125,6 +127,7 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
     device = accelerator.device
+    check_speed(config.speed, device)
     reward = build_reward(config, device)
     held_out = build_held_out(config, device)
     view = build_view(config, build_extractor(config, device))

@@ -1,7 +1,7 @@
 """Rewards: scores of images; `resolve` finds one by name, import path or weighted sum."""
 
 from .compose import Scores
-from .offload import components_of, modules_of, offloaded
+from .offload import components_of, modules_of, networks_of, offloaded
 from .registry import (
     BUILT_IN,
     NamedReward,
@@ -20,6 +20,7 @@ __all__ = [
     "components_of",
     "modules_of",
     "named",
+    "networks_of",
     "offloaded",
     "require_gradient",
     "resolve",

@@ -26,6 +26,12 @@ def modules_of(thing: object, depth: int = 6) -> list[nn.Module]:
     return list(dict.fromkeys(m for part in inside for m in modules_of(part, depth - 1)))
 
 
+def networks_of(thing: object) -> list[nn.Module]:
+    """What of a reward can be compiled: of each module its `networks`, which never see a prompt (a
+    graph is made anew for every text), or all of it if it has none."""
+    return [n for module in modules_of(thing) for n in getattr(module, "networks", (module,))]
+
+
 def components_of(reward: NamedReward) -> list[NamedReward]:
     """The rewards that a weighted sum is made of; or the reward alone."""
     if isinstance(reward.function, Composition):
