@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, its matmul rate, fresh processes, medians, tables."""
+"""What the benchmarks share: the machine, fresh processes, medians, tables."""
 
 from __future__ import annotations
 
@@ -57,25 +57,6 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def matmul_rate(where: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of square matrix products, the best of many: what this machine can do at most."""
-    size = 8192 if where.type == "cuda" else 1024
-    a = torch.randn(size, size, device=where, dtype=dtype)
-    best, until = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        synchronise(where)
-        started = time.perf_counter()
-        a @ a
-        synchronise(where)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
-
-
-def synchronise(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def child(

@@ -21,6 +21,7 @@ from nablagfn.assemble import build_policy, build_prompts, build_reward
 from nablagfn.config import Config, set_option
 from nablagfn.costs import Tracker
 from nablagfn.options import load_config
+from nablagfn.rewards import modules_of
 from nablagfn.runfolder import RunFolder
 from nablagfn.trainer import Trainer
 
@@ -72,7 +73,7 @@ def true_peak(config: Config, rows: int) -> float:
         drawn = trainer.collector.collect(0)
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
         modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
-        modules += planner.modules_of(trainer.reward)
+        modules += modules_of(trainer.reward)
         known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         with Tracker([*known, chosen.paths.x, chosen.paths.eps]) as tracker:
             trainer.updater.accumulate(chosen, rows)

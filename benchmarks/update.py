@@ -29,12 +29,13 @@ from common import (
     child,
     device,
     machine,
-    matmul_rate,
     parser,
     report,
     revision,
     summary,
 )
+
+from nablagfn.planner import matmul_rate
 
 Options = dict[str, Any]
 CLOCK = "seconds" if torch.cuda.is_available() else "processor seconds"
@@ -46,11 +47,14 @@ SWITCHES: dict[str, Options] = {
     "vae_slice=4": {"training.vae_slice": 4},
     "vae_checkpointing": {"training.vae_checkpointing": True},
     "compile": {"speed.compile": True},
+    "compile_reward": {"speed.compile_reward": True},
+    "cuda_graphs": {"speed.cuda_graphs": True},
     "channels_last": {"speed.channels_last": True},
     "channels_last and compile": {"speed.channels_last": True, "speed.compile": True},
     "fused_optimizer": {"speed.fused_optimizer": True},
     "adamw8bit": {"training.optimizer": "adamw8bit"},
     "offload_text_encoder": {"speed.offload_text_encoder": True},
+    "offload_reward": {"speed.offload_reward": True},
 }
 NEW = ("speed.", "training.vae_")  # groups of options that an older revision need not have
 
@@ -125,8 +129,9 @@ def compare(arguments: Any, config: str, base: Options) -> None:
     the switches that it does not know.
     """
     known = variants(arguments.model, arguments.base)
-    usual = [name for name in known if "compile" not in name or torch.cuda.is_available()]
-    names = arguments.only or usual  # compiling takes minutes on a CPU
+    slow = ("compile", "cuda_graphs")  # compiling takes minutes on a CPU
+    usual = [n for n in known if torch.cuda.is_available() or not any(word in n for word in slow)]
+    names = arguments.only or usual
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         raise SystemExit(f"--only: there is no {unknown!r}; there are: {'; '.join(known)}")
@@ -148,7 +153,7 @@ def compare(arguments: Any, config: str, base: Options) -> None:
         flops = {}
         if not arguments.against:  # counting is slow, and the other revision may do other work
             for name, (job, source) in jobs.items():
-                eager = without(("speed.compile",), job["options"])
+                eager = without(("speed.compile", "speed.cuda_graphs"), job["options"])
                 counted = {**job, "options": eager, "updates": 1, "mode": "flops"}
                 found = child(counted, source)
                 flops[name] = found.get("flops")

@@ -17,7 +17,7 @@ from .methods import build_kernel
 from .models.locate import locate
 from .models.shard import check_several
 from .models.stable_diffusion import StableDiffusionPolicy
-from .models.tune import tune
+from .models.tune import check_speed, compile_modules, tune
 from .prompts import PromptSet, load_prompts
 from .rewards import NamedReward
 from .runfolder import RunFolder
@@ -70,7 +70,24 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     name = config.experiment.reward_fn
     if worlds.is_world(name):
         return NamedReward(name, WorldReward(worlds.load(name)))
-    return rewards.resolve(name, device, config.reward.weights, config.reward)
+    found = rewards.resolve(name, _home(config, device), config.reward.weights, config.reward)
+    if config.speed.compile_reward:
+        compile_modules(rewards.networks_of(found))
+    return rewards.offloaded(found) if config.speed.offload_reward else found
+
+
+def build_held_out(config: Config, device: torch.device) -> dict[str, NamedReward]:
+    """The rewards of `evaluation.held_out_rewards`, by name."""
+    names = config.evaluation.held_out_rewards
+    found = rewards.resolve_all(names, _home(config, device), config.reward.weights)
+    if not config.speed.offload_reward:
+        return found
+    return {name: rewards.offloaded(reward) for name, reward in found.items()}
+
+
+def _home(config: Config, device: torch.device) -> torch.device:
+    """Where rewards are loaded to."""
+    return torch.device("cpu") if config.speed.offload_reward else device
 
 
 def build_extractor(config: Config, device: torch.device) -> Extractor:
@@ -122,10 +139,9 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
     device = accelerator.device
+    check_speed(config.speed, device)
     reward = build_reward(config, device)
-    held_out = rewards.resolve_all(
-        config.evaluation.held_out_rewards, device, config.reward.weights
-    )
+    held_out = build_held_out(config, device)
     view = build_view(config, build_extractor(config, device))
     return Trainer(
         build_policy(config, device, shard=config.training.shard_base),

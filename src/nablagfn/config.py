@@ -129,6 +129,14 @@ class Speed(Group):
         description="torch.compile for the U-Net and the VAE's decoder; the first update compiles "
         "for minutes",
     )
+    compile_reward: bool = Field(
+        False, description="torch.compile for the networks of the reward, if it has any"
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="CUDA graphs (torch.compile's reduce-overhead) for passes of the U-Net without "
+        "gradient, those of sampling; needs a CUDA device",
+    )
     channels_last: bool = Field(
         False, description="channels-last memory format for the U-Net and the VAE"
     )
@@ -138,6 +146,17 @@ class Speed(Group):
         description="the text encoder stays in the computer's memory while no new prompt is "
         "encoded; each prompt is encoded once",
     )
+    offload_reward: bool = Field(
+        False,
+        description="the weights of the reward, and of held-out ones, stay in the computer's "
+        "memory while no pictures are scored; each scoring copies them (each micro-batch or "
+        "training.vae_slice)",
+    )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is at work."""
+        return self.compile or self.compile_reward or self.cuda_graphs
 
 
 class Model(Group):

@@ -157,6 +157,11 @@ class AlignmentCritic(_Critic):
             nn.Linear(size, 2 * size), nn.SiLU(), nn.Linear(2 * size, size)
         )
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """What sees tensors only (`rewards.networks_of`)."""
+        return (self.trunk,)
+
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit embeddings [B, size] of images [B, 3, H, W] in [0, 1]."""
         return F.normalize(self.image_head(self.trunk(_prepare(images))), dim=1)

@@ -189,7 +189,7 @@ class Trainer:
         position = self._open_run()
         epochs = self.config.training.num_epochs
         before = self.observer.before()
-        untold = self.config.speed.compile
+        untold = self.config.speed.compiles
         with (
             StopRequest(show=self.show) as stop,
             Bar(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
@@ -12,7 +12,9 @@ from ..options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
 if TYPE_CHECKING:
-    from ..planner import Plan
+    import torch
+
+    from ..planner import Plan, Seconds
 
 GB = 1e9
 
@@ -22,13 +24,20 @@ def add(commands: Any) -> None:
         commands,
         "plan",
         plan,
-        help="which settings fit into a device's memory, and what a run takes; exit code 1: none",
+        help="which settings fit into a device's memory, and what a run takes in memory and time; "
+        "exit code 1: none",
         options=True,
     )
     parser.add_argument(
         "--memory",
         default="",
         help="of the GPU to plan for, as 24GB; default: what is free on this machine's device",
+    )
+    parser.add_argument(
+        "--rate",
+        default="",
+        help="TFLOP/s that the device reaches in matrix products, for the time; default: each part "
+        "is timed on this machine's device, and nothing is said of another",
     )
 
 
@@ -43,6 +52,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from ..distributed import process_state
     from ..progress import console
 
+    rate = planner.parse_rate(arguments.rate) if arguments.rate else None
     if arguments.memory:
         memory, device = planner.parse_memory(arguments.memory), torch.device("cuda")
     else:
@@ -53,6 +63,52 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     show(found, config)
     if found.setting is None:
         sys.exit(UNUSABLE)
+    if rate is None and arguments.memory:
+        console.print(
+            "how long: run this on the machine with that card and without --memory, or add "
+            "--rate=TFLOP/S, what its matrix products reach"
+        )
+        return
+    known = prices(config, device, found) if rate is None else planner.at_rate(found.prices, rate)
+    show_time(config, found, known)
+
+
+def prices(config: Config, device: torch.device, found: Plan) -> dict[str, Seconds]:
+    """Of each part here: timed, or where that takes too long at the rate of matrix products."""
+    import torch
+
+    from .. import planner
+    from ..distributed import weight_dtype
+    from ..progress import console
+
+    rate = planner.matmul_rate(device, weight_dtype(config, device), 0.3)
+    if not planner.too_long(found, rate):
+        console.print("timing the parts here, with random weights")
+        try:
+            return planner.timed(config, device, found)
+        except torch.OutOfMemoryError:
+            console.print("they do not fit beside what else this device holds")
+    console.print(
+        "not timed, that would take minutes: at the rate of this machine's matrix products, "
+        f"{rate / 1e12:.2g} TFLOP/s, the least is"
+    )
+    return planner.at_rate(found.prices, rate)
+
+
+def show_time(config: Config, found: Plan, prices: Mapping[str, Seconds]) -> None:
+    """Of an update and of the run."""
+    from .. import planner
+    from ..progress import console
+
+    update = planner.total(found.passes, prices)
+    inner = config.updates_per_epoch() * config.training.num_inner_epochs
+    count = config.training.num_epochs * inner
+    measuring = planner.total(planner.measuring_passes(config), prices)
+    console.print(f"one update: {_duration(update)}")
+    console.print(
+        f"the run: {count} updates, {_duration(count * update)}; measuring its samples, "
+        f"{_duration(measuring)}"
+    )
 
 
 def show(found: Plan, config: Config) -> None:
@@ -79,6 +135,13 @@ def show(found: Plan, config: Config) -> None:
         return
     options = found.options(config)
     console.print("fits with: " + (_typed(options) if options else "the settings as they are"))
+
+
+def _duration(seconds: float) -> str:
+    """'4.2 s', '13 min' or '7.5 h'."""
+    if seconds < 120:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _typed(options: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from .. import planner, worlds
 from ..hub import hub_answers
+from ..models.tune import check_speed
 from .records import Finding, Patient
 
 TESTED = {  # constraints.txt's, which a test compares
@@ -59,7 +60,8 @@ def _same(name: str, tested: str) -> bool:
 
 
 def devices(patient: Patient) -> Finding:
-    """What training would run on."""
+    """What training would run on, and whether it has what the options ask for."""
+    check_speed(patient.config.speed, patient.device)
     if patient.device.type == "cpu":
         text = f"CPU, {torch.get_num_threads()} threads"
         small = worlds.is_world(patient.config.pretrained.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class StableDiffusionPolicy:
         self.pipeline = pipeline
         self.name = name or str(pipeline.name_or_path or "unnamed")
         self.unet = pipeline.unet
+        self.unet_free: Callable[..., Any] | None = None  # where no gradient is taken; None: unet
         self.vae = pipeline.vae
         self.guidance_scale = guidance_scale
         for module in (self.unet, self.vae, pipeline.text_encoder):
@@ -258,7 +259,8 @@ class StableDiffusionPolicy:
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _eps(self, x: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
-        output = self.unet(x.to(self.dtype), timestep, embeds, return_dict=False)[0].to(x.dtype)
+        unet = self.unet if torch.is_grad_enabled() else self.unet_free or self.unet
+        output = unet(x.to(self.dtype), timestep, embeds, return_dict=False)[0].to(x.dtype)
         level = self._levels[timestep].to(x.dtype)
         return eps_from_model_output(
             output, x, level.reshape(-1, *([1] * (x.ndim - 1))), self.prediction_type

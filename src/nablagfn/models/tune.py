@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from ..config import Speed
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, Speed
 from .stable_diffusion import StableDiffusionPolicy
 
 BACKEND = "inductor"
+GRAPHS: dict[str, Any] = {"mode": "reduce-overhead"}  # of torch.compile, for CUDA graphs
 VARIANTS = 32  # θ on, off or frozen, with and without gradients, batches of several sizes
 
 
 def tune(policy: StableDiffusionPolicy, speed: Speed) -> StableDiffusionPolicy:
-    """Set the policy up as `speed` says; returns it."""
+    """Set the policy up as `speed` says; returns it.
+
+    CUDA graphs are left out elsewhere than on CUDA, where a finished run may be looked at too.
+    """
     if speed.channels_last:
         for module in (policy.unet, policy.vae):
             module.to(memory_format=torch.channels_last)
     if speed.compile:
-        compile_parts(policy)
+        compile_modules((policy.unet, policy.vae.decoder))
+    if speed.cuda_graphs and has_graphs(policy.device):
+        use_cuda_graphs(policy)
     if speed.offload_text_encoder:
         policy.offload_text_encoder()
     return policy
 
 
-def compile_parts(policy: StableDiffusionPolicy) -> None:
-    """torch.compile for the U-Net and the VAE's decoder, each variant at its first use.
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def check_speed(speed: Speed, device: torch.device) -> None:
+    """Raises ConfigError for what this device does not have."""
+    if speed.cuda_graphs and not has_graphs(device):
+        raise ConfigError(
+            f"config.speed.cuda_graphs=True needs a CUDA device, and this process has {device.type}"
+            ": leave it out"
+        )
+
+
+def compile_modules(modules: Iterable[nn.Module]) -> None:
+    """torch.compile, each variant at its first use.
 
     The reverse loss goes back twice through one graph, so compiled backward passes must not give
     their buffers away.
     """
+    _allow_variants()
     torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.recompile_limit = VARIANTS
-    for module in (policy.unet, policy.vae.decoder):
+    for module in modules:
         module.compile(backend=BACKEND)
+
+
+def _allow_variants() -> None:
+    torch._dynamo.config.recompile_limit = VARIANTS
+
+
+def use_cuda_graphs(policy: StableDiffusionPolicy) -> None:
+    """Passes of the U-Net without gradient, those of sampling, as CUDA graphs: one per shape."""
+    _allow_variants()
+    policy.unet_free = Replayed(torch.compile(policy.unet.forward, dynamic=False, **GRAPHS))
+
+
+class Replayed:
+    """A compiled function whose results lie where its next call writes: they are copied."""
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.run = run
+
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(value.clone() for value in self.run(*arguments, **options))

@@ -1,12 +1,16 @@
-"""`nablagfn plan`: what a run takes in memory, and the settings with which it fits.
+"""`nablagfn plan`: what a run takes in memory and time, and the settings with which it fits.
 
     peak = fixed + max over the moments of an update (rows × what a row holds then)
 
 Fixed are weights, gradients, moments and the epoch's paths. What a row holds is counted on the meta
 device for the run's own architecture (`parts`); which parts are alive together is `plan.ALIVE`.
+
+    seconds = sum over the parts (passes of an update × seconds of a pass)
+
+Passes are counted in a world (`work`); what one takes is timed here or given (`seconds`).
 """
 
-from .parts import Parts, measure, modules_of
+from .parts import Parts, measure
 from .plan import (
     CONTEXT,
     Plan,
@@ -19,22 +23,33 @@ from .plan import (
     predict,
     setting_of,
 )
-from .work import Work, work_of
+from .seconds import Seconds, at_rate, matmul_rate, parse_rate, synchronise, timed, too_long
+from .work import Passes, Work, measuring_passes, total, update_passes, work_of
 
 __all__ = [
     "CONTEXT",
     "Parts",
+    "Passes",
     "Plan",
+    "Seconds",
     "Setting",
     "Work",
+    "at_rate",
     "choose",
     "free_memory",
+    "matmul_rate",
     "measure",
-    "modules_of",
+    "measuring_passes",
     "moments",
     "parse_memory",
+    "parse_rate",
     "plan",
     "predict",
     "setting_of",
+    "synchronise",
+    "timed",
+    "too_long",
+    "total",
+    "update_passes",
     "work_of",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ..config import Config, ConfigError
 from ..costs import Cost, cost, per_row, size_of
 from ..distributed import weight_dtype
 from ..models.stable_diffusion import StableDiffusionPolicy
-from ..rewards import NamedReward
+from ..rewards import NamedReward, components_of, modules_of
 from ..rewards.clip import ClipScore
 from ..rewards.imagereward import ImageReward
 from ..types import Condition
@@ -30,7 +32,8 @@ NOTHING = Cost(0, 0, 0, 0)
 class Parts:
     """A run's model in numbers. fixed: bytes by what they are. The costs are those of one row, a
     guided evaluation counting as one; `_checkpointed` with gradient checkpointing, `_free` without
-    gradient. sample: bytes of one x."""
+    gradient. sample: bytes of one x. visiting: of the reward's weights, if they are there while it
+    scores only."""
 
     fixed: Mapping[str, float]
     eps: Cost
@@ -42,6 +45,17 @@ class Parts:
     reward_free: Cost
     flow: Cost
     sample: float
+    visiting: float = 0.0
+
+    def prices(self, *, checkpointing: bool) -> dict[str, Cost]:
+        """FLOPs of one row, by the parts of `work.update_passes`."""
+        return {
+            "drawing": self.eps_free,
+            "U-Net": self.eps_checkpointed if checkpointing else self.eps,
+            "decoder": self.decode,
+            "reward": self.reward,
+            "flow network": self.flow,
+        }
 
 
 def measure(config: Config, device: torch.device) -> Parts:
@@ -51,24 +65,28 @@ def measure(config: Config, device: torch.device) -> Parts:
     """
     if worlds.is_world(config.pretrained.model):
         raise ConfigError(f"{config.pretrained.model} is a world: it fits into any memory")
-    dtype = weight_dtype(config, device)
     with META:
-        pipeline = architectures.by_configuration(
-            config.pretrained.model, config.pretrained.revision
-        )
-        _cast(pipeline.unet, dtype)
-        _cast(pipeline.text_encoder, dtype)
-        _cast(pipeline.vae, torch.float32 if dtype == torch.float16 else dtype)
-        policy = StableDiffusionPolicy(
-            pipeline,
-            guidance_scale=config.sampling.guidance_scale,
-            lora_rank=config.model.lora_rank,
-            vae_checkpointing=config.training.vae_checkpointing,
-        )
-        model = config.model
-        flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
-        subject = _Subject(policy, flow, _reward(config))
-        return subject.parts(_fixed(config, subject))
+        subject = build_subject(config, weight_dtype(config, device), META)
+        parts = subject.parts(_fixed(config, subject))
+        return replace(parts, visiting=_visiting(config, subject.reward))
+
+
+def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Subject:
+    """The run's architecture with random weights on `place`, called inside its context. Raises
+    ConfigError like `measure`."""
+    pretrained, model = config.pretrained, config.model
+    pipeline = architectures.by_configuration(pretrained.model, pretrained.revision)
+    _cast(pipeline.unet, dtype)
+    _cast(pipeline.text_encoder, dtype)
+    _cast(pipeline.vae, torch.float32 if dtype == torch.float16 else dtype)
+    policy = StableDiffusionPolicy(
+        pipeline,
+        guidance_scale=config.sampling.guidance_scale,
+        lora_rank=model.lora_rank,
+        vae_checkpointing=config.training.vae_checkpointing,
+    )
+    flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
+    return Subject(policy, flow, _reward(config, place))
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -76,14 +94,14 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _reward(config: Config) -> NamedReward:
-    """The reward on the meta device; the large ones by their architecture alone."""
+def _reward(config: Config, place: torch.device) -> NamedReward:
+    """The reward on `place`; the large ones by their architecture alone."""
     name = config.experiment.reward_fn
     if name in architectures.REWARDS:
         reward = NamedReward(name, architectures.REWARDS[name]())
     else:
         with torch.device("cpu"):  # weights that are read are moved when they are there
-            reward = rewards.resolve(name, META, config.reward.weights, config.reward)
+            reward = rewards.resolve(name, place, config.reward.weights, config.reward)
     for module in modules_of(reward):
         if isinstance(module, ImageReward):
             module.text = _PassedBy(module.text)
@@ -106,50 +124,73 @@ class _PassedBy(nn.Module):
         return SimpleNamespace(last_hidden_state=encoder_hidden_states[..., : self.width])
 
 
-def modules_of(thing: object, depth: int = 6) -> list[nn.Module]:
-    """The modules within a reward: itself, or in its attributes, `depth` levels down."""
-    if isinstance(thing, nn.Module):
-        return [thing]
-    if isinstance(thing, ModuleType) or not depth:
-        return []
-    inside = thing if isinstance(thing, (tuple, list)) else getattr(thing, "__dict__", {}).values()
-    return [module for part in inside for module in modules_of(part, depth - 1)]
-
-
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """The parts of a run on the meta device, each with the cost of some rows."""
+class Pass:
+    """Something to run forward and, where `gradient`, back from its result.
+
+    known: the weights and inputs that it uses.
+    """
+
+    run: Callable[[], Tensor]
+    known: list[Tensor]
+    gradient: bool = True
+
+    def clear(self) -> None:
+        """Forget the gradients that it left."""
+        for tensor in self.known:
+            tensor.grad = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The parts of a run, each as a pass of some rows. Call them inside the device's context."""
 
     policy: StableDiffusionPolicy
     flow: nn.Module
     reward: NamedReward
 
     def parts(self, fixed: Mapping[str, float]) -> Parts:
+        with self.checkpointing(True):
+            checkpointed = self._cost(self.eps)
         return Parts(
             fixed=fixed,
-            eps=per_row(lambda rows: self.eps(rows, True)),
-            eps_checkpointed=per_row(self.eps_checkpointed),
-            eps_free=per_row(lambda rows: self.eps(rows, False)),
-            decode=per_row(lambda rows: self.decode(rows, True)),
-            decode_free=per_row(lambda rows: self.decode(rows, False)),
-            reward=per_row(lambda rows: self.score(rows, True)),
-            reward_free=per_row(lambda rows: self.score(rows, False)),
-            flow=per_row(self.guess),
+            eps=self._cost(self.eps),
+            eps_checkpointed=checkpointed,
+            eps_free=self._cost(self.eps, gradient=False),
+            decode=self._cost(self.decode),
+            decode_free=self._cost(self.decode, gradient=False),
+            reward=self._cost(self.score),
+            reward_free=self._cost(self.score, gradient=False),
+            flow=self._cost(self.guess),
             sample=size_of([self.x(1)]),
         )
 
+    def _cost(self, make: Callable[[int, bool], Pass], gradient: bool = True) -> Cost:
+        """Of one row."""
+        if make == self.score and not self.reward.differentiable:
+            return NOTHING  # a black box may need true pictures
+
+        def of(rows: int) -> Cost:
+            made = make(rows, gradient)
+            found = cost(made.run, made.known, gradient=gradient)
+            made.clear()
+            return found
+
+        return per_row(of)
+
     def x(self, rows: int) -> Tensor:
-        return torch.zeros(rows, *self.policy.sample_shape)
+        shape = (rows, *self.policy.sample_shape)
+        return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
 
     def text(self, rows: int) -> Tensor:
         words = self.policy.pipeline.text_encoder.config
         return torch.zeros(rows, words.max_position_embeddings, words.hidden_size)
 
-    def eps(self, rows: int, gradient: bool) -> Cost:
+    def eps(self, rows: int, gradient: bool) -> Pass:
         policy, copies = self.policy, 1 if self.policy.guidance_scale == 1.0 else 2
         x = self.x(rows).requires_grad_(gradient)
         time = torch.zeros(copies * rows, dtype=torch.long)
@@ -159,48 +200,49 @@ class _Subject:
             seen = torch.cat([x] * copies).to(policy.dtype)
             return policy.unet(seen, time, text, return_dict=False)[0].float()
 
-        found = cost(run, [*_tensors([policy.unet]), x, time, text], gradient=gradient)
-        policy.unet.zero_grad(set_to_none=True)
-        return found
+        return Pass(run, [*_tensors([policy.unet]), x, time, text], gradient)
 
-    def eps_checkpointed(self, rows: int) -> Cost:
+    @contextlib.contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Inside it the U-Net's activations are recomputed, if `on`."""
         unet = self.policy.unet
-        unet.enable_gradient_checkpointing()
-        unet.train()
+        if on:
+            unet.enable_gradient_checkpointing()
+            unet.train()
         try:
-            return self.eps(rows, True)
+            yield
         finally:
             unet.disable_gradient_checkpointing()
             unet.eval()
 
-    def decode(self, rows: int, gradient: bool) -> Cost:
+    def decode(self, rows: int, gradient: bool) -> Pass:
         x = self.x(rows).requires_grad_(gradient)
         run = functools.partial(self.policy.decode, x)
-        return cost(run, [*_tensors([self.policy.vae]), x], gradient=gradient)
+        return Pass(run, [*_tensors([self.policy.vae]), x], gradient)
 
-    def score(self, rows: int, gradient: bool) -> Cost:
-        if not self.reward.differentiable:  # a black box may need true pictures
-            return NOTHING
-        images = self.policy.decode(self.x(rows)).detach().requires_grad_(gradient)
-        run = functools.partial(self.reward, images, [PROMPT] * rows, [{}] * rows)
-        known = [*_tensors(modules_of(self.reward)), images]
-        try:
-            return cost(run, known, gradient=gradient)
-        except (RuntimeError, NotImplementedError, ConfigError) as error:
-            raise ConfigError(
-                f"config.experiment.reward_fn={self.reward.name!r} cannot be counted without "
-                f"pictures ({error}): plan with a built-in reward of its size"
-            ) from None
+    def score(self, rows: int, gradient: bool) -> Pass:
+        """Of pictures; a black box has no way back."""
+        gradient = gradient and self.reward.differentiable
+        with torch.no_grad():
+            images = self.policy.decode(self.x(rows))
+        images.requires_grad_(gradient)
 
-    def guess(self, rows: int) -> Cost:
+        def run() -> Tensor:
+            try:
+                return self.reward(images, [PROMPT] * rows, [{}] * rows)
+            except (RuntimeError, NotImplementedError, ConfigError) as error:
+                raise ConfigError(
+                    f"config.experiment.reward_fn={self.reward.name!r} cannot be counted without "
+                    f"pictures ({error}): plan with a built-in reward of its size"
+                ) from None
+
+        return Pass(run, [*_tensors(modules_of(self.reward)), images], gradient)
+
+    def guess(self, rows: int, gradient: bool) -> Pass:
         x, text, time = self.x(rows), self.text(rows), torch.zeros(rows, dtype=torch.long)
         where = Condition((PROMPT,) * rows, ({},) * rows, text)
-        found = cost(
-            functools.partial(self.flow, x, time, where),
-            [*_tensors([self.flow]), x, text, time],
-        )
-        self.flow.zero_grad(set_to_none=True)
-        return found
+        run = functools.partial(self.flow, x, time, where)
+        return Pass(run, [*_tensors([self.flow]), x, text, time], gradient)
 
 
 def learns_flow(config: Config) -> bool:
@@ -208,18 +250,26 @@ def learns_flow(config: Config) -> bool:
     return learns and not config.model.no_flow
 
 
-def _fixed(config: Config, subject: _Subject) -> dict[str, float]:
+def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     """Bytes of weights, and of gradients and moments of what is trained."""
     pipeline, theta = subject.policy.pipeline, size_of(subject.policy.parameters())
     flow = size_of(subject.flow.parameters()) if learns_flow(config) else 0
     moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
     copies = 2 + moments  # of the float32 weights, gradients among them
-    offloaded = config.speed.offload_text_encoder
+    speed = config.speed
+    words, reward = _tensors([pipeline.text_encoder]), _tensors(modules_of(subject.reward))
     return {
         "U-Net": size_of(_tensors([pipeline.unet])) - theta,
         "VAE": size_of(_tensors([pipeline.vae])),
-        "text encoder": 0 if offloaded else size_of(_tensors([pipeline.text_encoder])),
-        "reward": size_of(_tensors(modules_of(subject.reward))),
+        "text encoder": 0 if speed.offload_text_encoder else size_of(words),
+        "reward": 0 if speed.offload_reward else size_of(reward),
         "LoRA and its optimizer": copies * theta,
         "flow network and its optimizer": copies * flow,
     }
+
+
+def _visiting(config: Config, reward: NamedReward) -> float:
+    """Bytes of the largest component's weights, where they come and go."""
+    if not config.speed.offload_reward:
+        return 0.0
+    return max(size_of(_tensors(modules_of(part))) for part in components_of(reward))

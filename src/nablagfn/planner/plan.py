@@ -12,8 +12,9 @@ import psutil
 import torch
 
 from ..config import Config, ConfigError, flatten
+from ..costs import Cost
 from .parts import NOTHING, Parts, learns_flow, measure
-from .work import Work, work_of
+from .work import Passes, Price, Work, total, update_passes, work_of
 
 CONTEXT = 0.6e9  # bytes of a CUDA context and its libraries; assumed, not measured
 SLACK = 1.1  # on what comes and goes: fragmentation, workspaces; assumed, not measured
@@ -76,7 +77,7 @@ def moments(config: Config, parts: Parts, work: Work, setting: Setting) -> dict[
     batch = setting.sampling_batch
     piece = min(batch, setting.vae_slice or batch)
     decoding = batch * p.decode_free.held + piece * p.decode_free.passing
-    scoring = batch * (p.decode_free.held + p.reward_free.peak)
+    scoring = batch * (p.decode_free.held + p.reward_free.peak) + p.visiting
     found = {
         "drawing": 2 * paths * path + SLACK * batch * (p.eps_free.peak + path),
         "rewards of the epoch": paths * path + SLACK * max(decoding, scoring),
@@ -99,24 +100,46 @@ def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
     piece = min(rows, setting.vae_slice or rows)
     kept = rows * (alive.with_reward * eps.held + 2 * flow.held * alive.kept)
     if alive.kept and piece == rows:
-        passing = max(eps.passing, p.decode.passing, p.reward.passing)
-        kept += rows * (p.decode.held + p.reward.held + passing)
+        kept += rows * p.decode.held + _on_the_way_back(p, eps, rows)
     else:  # decoder and reward are gone before the way back through the U-Net
-        decoded = piece * max(p.decode.held + p.reward.peak, p.decode.peak)
+        scored = piece * (p.decode.held + p.reward.peak) + p.visiting
+        decoded = max(scored, piece * p.decode.peak)
         kept += max(decoded, rows * eps.passing)
     return {"reward's gradient": kept, **found}
 
 
+def _on_the_way_back(p: Parts, eps: Cost, rows: int) -> float:
+    """Bytes of the reward and of what passes, beside the graphs of U-Net and decoder."""
+    others = max(eps.passing, p.decode.passing)
+    if p.visiting:  # it is differentiated and gone before the way back
+        return max(rows * p.reward.peak + p.visiting, rows * others)
+    return rows * (p.reward.held + max(others, p.reward.passing))
+
+
 @dataclass(frozen=True)
 class Plan:
-    """setting: None when nothing fits; then the figures are those of the smallest setting."""
+    """setting: None when nothing fits; then the figures are those of the smallest setting.
+
+    passes: of one update and process, by part. prices: FLOPs of one pass of each.
+    """
 
     setting: Setting | None
     usable: float
     fixed: Mapping[str, float]
     moments: Mapping[str, float]
-    eps: float
-    flops: float
+    passes: Mapping[str, Passes]
+    prices: Mapping[str, Price]
+
+    @property
+    def eps(self) -> float:
+        """Guided evaluations of one update and process, forward and backward."""
+        unet = self.passes["U-Net"]
+        return self.passes["drawing"].forward + unet.forward + unet.backward
+
+    @property
+    def flops(self) -> float:
+        """Of one update and process."""
+        return total(self.passes, self.prices)
 
     @property
     def peak(self) -> float:
@@ -192,8 +215,8 @@ def predict(config: Config, device: torch.device) -> Plan:
 
 def _planned(config: Config, parts: Parts, work: Work, usable: float, setting: Setting) -> Plan:
     found = moments(config, parts, work, setting)
-    arithmetic = _arithmetic(config, parts, work, setting.gradient_checkpointing)
-    return Plan(setting, usable, parts.fixed, found, *arithmetic)
+    prices = parts.prices(checkpointing=setting.gradient_checkpointing)
+    return Plan(setting, usable, parts.fixed, found, update_passes(config, work), prices)
 
 
 def _rows(config: Config, work: Work) -> int:
@@ -215,19 +238,3 @@ def _largest(config: Config, parts: Parts, work: Work, usable: float, way: Setti
     batch = next((n for n in batches if tried(1, n).peak <= usable), 1)
     micro = next((n for n in splits if tried(n, batch).peak <= usable), 0)
     return tried(micro, batch) if micro else replace(tried(1, batch), setting=None)
-
-
-def _arithmetic(
-    config: Config, parts: Parts, work: Work, checkpointing: bool
-) -> tuple[float, float]:
-    """Guided evaluations and FLOPs of one update and process, its share of drawing included."""
-    paths = config.training.batch_size * config.training.gradient_accumulation_steps
-    share = paths / config.training.num_inner_epochs
-    drawing = share * config.sampling.num_steps
-    p, eps = parts, parts.eps_checkpointed if checkpointing else parts.eps
-    learned = work.eps - config.sampling.num_steps
-    flops = (drawing + paths * learned) * eps.forward
-    flops += paths * work.eps_backward * eps.backward
-    flops += paths * work.decode * (p.decode.forward + p.reward.forward)
-    flops += paths * work.decode_backward * (p.decode.backward + p.reward.backward)
-    return drawing + paths * (learned + work.eps_backward), flops

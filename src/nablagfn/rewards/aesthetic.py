@@ -64,6 +64,11 @@ class Aesthetic(nn.Module):
         finder.fill(head, finder.read(head_at), head_at)
         return cls(clip, head).to(device)
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """What sees tensors only (`rewards.networks_of`)."""
+        return (self.clip,)
+
     def forward(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:

@@ -59,6 +59,11 @@ class ClipScore(nn.Module):
         cosine = (self.picture(images) * self.text(prompts)).sum(1)
         return self.model.logit_scale.exp() * cosine if self.scaled else cosine
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """What sees tensors only (`rewards.networks_of`)."""
+        return (self.model.vision_model,)
+
     def picture(self, images: Tensor) -> Tensor:
         """Unit embeddings [B, D]."""
         pixels = self.pixels(images.to(self.model.logit_scale.dtype))

@@ -107,6 +107,11 @@ class ImageReward(nn.Module):
         self.words = words
         return self
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """What sees tensors only (`rewards.networks_of`)."""
+        return (self.picture, self.text)
+
     def tokens(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """input_ids and attention_mask, [B, 35] each, on the CPU; longer prompts are cut."""
         assert self.words is not None
