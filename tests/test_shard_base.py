@@ -293,6 +293,7 @@ COMMANDS = {
         "set config.method.window",
     ),
     "compile": (["--config.speed.compile=True"], "config.speed.compile"),
+    "CUDA graphs": (["--config.speed.cuda_graphs=True"], "config.speed.cuda_graphs"),
     "channels last": (["--config.speed.channels_last=True"], "config.speed.channels_last"),
     "world": (["--config=worlds/ring"], "does not go with worlds/ring"),
 }

@@ -491,7 +491,7 @@ class Config(Group):
                 "over whole trajectories, whose processes make different numbers of passes: set "
                 "config.method.window, or config.method.return_lambda=0"
             )
-        for name in ("compile", "channels_last"):
+        for name in ("compile", "cuda_graphs", "channels_last"):
             if getattr(self.speed, name):
                 raise ConfigError(f"{key} was not tried with config.speed.{name}: leave one out")
 
