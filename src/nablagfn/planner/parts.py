@@ -183,8 +183,10 @@ class Subject:
         return per_row(of)
 
     def x(self, rows: int) -> Tensor:
+        """Varied numbers. The device is named: transformers patches linspace while it loads a
+        model, and if torch first lists its constructors then, the context forgets linspace."""
         shape = (rows, *self.policy.sample_shape)
-        return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
+        return torch.linspace(-2, 2, math.prod(shape), device=self.policy.device).reshape(shape)
 
     def text(self, rows: int) -> Tensor:
         words = self.policy.pipeline.text_encoder.config
