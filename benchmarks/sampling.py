@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import device, machine, parser, report, synchronise
+from common import device, machine, parser, report
 from update import settings
 
 from nablagfn import rng
@@ -21,6 +21,7 @@ from nablagfn.assemble import build_policy, build_prompts
 from nablagfn.config import Config, set_option
 from nablagfn.methods import build_kernel
 from nablagfn.options import load_config
+from nablagfn.planner import synchronise
 from nablagfn.rollout import rollout
 
 
