@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._device import _device_constructors
 
 from nablagfn import architectures, planner
 from nablagfn.cli import main
@@ -63,6 +64,24 @@ def held_by_update(config: Config, rows: int) -> float:
 def parts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     config = config_of(tiny_folder, tmp_path_factory.mktemp("out"), "nabla-db")
     return planner.measure(config, CPU)
+
+
+def test_counting_does_not_lean_on_the_context_for_linspace(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers patches torch.linspace while it loads; a first look at torch's constructors in
+    that moment makes a device context forget it."""
+    _device_constructors.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "linspace", lambda *a, **o: None)
+        _device_constructors()
+    try:
+        with torch.device("meta"):
+            assert torch.linspace(0, 1, 2).device.type == "cpu"  # forgotten
+        found = planner.measure(config_of(tiny_folder, tmp_path, "nabla-db"), CPU)
+    finally:
+        _device_constructors.cache_clear()
+    assert found.eps.held > 0
 
 
 CASES = [
