@@ -69,8 +69,10 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             "--rate=TFLOP/S, what its matrix products reach"
         )
         return
-    known = prices(config, device, found) if rate is None else planner.at_rate(found.prices, rate)
-    show_time(config, found, known)
+    if rate is None:
+        return show_time(config, found, prices(config, device, found))
+    console.print(f"at {rate / 1e12:.3g} TFLOP/s throughout, the least is")
+    show_time(config, found, planner.at_rate(found.prices, rate))
 
 
 def prices(config: Config, device: torch.device, found: Plan) -> dict[str, Seconds]:
@@ -140,7 +142,7 @@ def show(found: Plan, config: Config) -> None:
 def _duration(seconds: float) -> str:
     """'4.2 s', '13 min' or '7.5 h'."""
     if seconds < 120:
-        return f"{seconds:.2g} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
