@@ -111,7 +111,6 @@ QUICK = {"training.num_epochs": 1, **UNMEASURED}
 KINDS = {
     "flow": {},
     "no_flow": {"model.no_flow": True, **QUICK},
-    "draft": {"experiment.method": "draft-k", "method.draft_steps": 3, **QUICK},
 }
 
 

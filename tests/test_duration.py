@@ -50,7 +50,7 @@ def test_a_sum_by_hand() -> None:
     assert total(passes, prices) == 3 + 20 + 500
 
 
-@pytest.mark.parametrize(("sample_freq", "eval_freq"), [(2, 0), (0, 2), (3, 2), (0, 0)])
+@pytest.mark.parametrize(("sample_freq", "eval_freq"), [(2, 0), (3, 2)])
 def test_measuring_is_what_a_run_draws_beside_its_updates(
     sample_freq: int, eval_freq: int, tmp_path: Path
 ) -> None:
@@ -134,14 +134,12 @@ def test_a_black_box_is_timed_though_it_has_no_flops(tiny_folder: Path, tmp_path
     assert planner.timed(config, CPU, found, lambda: next(ticks))["reward"].forward > 0
 
 
-def test_what_would_take_minutes_is_not_timed(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_rate_is_a_speed_and_too_slow_a_one_is_not_waited_for(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     found = planner.predict(config_of(tiny_folder, tmp_path, "nabla-db"), CPU)
     assert not planner.too_long(found, rate=1e9)
     assert planner.too_long(found, rate=1e4)
-
-
-def test_a_rate_is_a_speed(tiny_folder: Path, tmp_path: Path) -> None:
-    found = planner.predict(config_of(tiny_folder, tmp_path, "nabla-db"), CPU)
     prices = planner.at_rate(found.prices, 5e9)
     assert total(found.passes, prices) == pytest.approx(found.flops / 5e9)
     assert 1e8 < planner.matmul_rate(CPU, torch.float32, 0.0) < 1e14

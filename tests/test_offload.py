@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,17 +199,17 @@ def test_the_option_covers_the_reward_and_held_out_ones() -> None:
 def test_the_planner_moves_the_weights_to_where_they_are_used(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    def planned(on: bool, **options: object) -> planner.Plan:
-        config: Config = config_of(tiny_folder, tmp_path, "nabla-db", **options)
-        config.experiment.reward_fn = "aesthetic"  # 1.2 GB beside a model of one
-        config.speed.offload_reward = on
-        return planner.predict(config, CPU)
-
-    for options in ({}, {"training.vae_slice": 1}):
-        there, away = planned(False, **options), planned(True, **options)
-        size = there.fixed["reward"]
-        assert size > 1e9 and away.fixed["reward"] == 0
-        changed = {n: away.moments[n] - value for n, value in there.moments.items()}
+    config: Config = config_of(tiny_folder, tmp_path, "nabla-db")
+    config.experiment.reward_fn = "aesthetic"  # 1.2 GB beside a model of one
+    there = planner.measure(config, CPU)
+    config.speed.offload_reward = True
+    away, work = planner.measure(config, CPU), planner.work_of(config)
+    size = there.fixed["reward"]
+    assert size > 1e9 and away.fixed["reward"] == 0
+    for piece in (0, 1):
+        setting = replace(planner.setting_of(config), vae_slice=piece)
+        before, after = (planner.moments(config, p, work, setting) for p in (there, away))
+        changed = {name: after[name] - value for name, value in before.items()}
         assert changed["drawing"] == changed["update, the rest"] == 0
         for name in ("rewards of the epoch", "update, reward's gradient"):
             assert 0.5 * size < changed[name] <= 1.11 * size, name

@@ -89,7 +89,7 @@ def undisturbed(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return six_updates(pipeline_folder, tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.proof)])
 def test_a_killed_rank_is_started_again_and_ends_as_if_undisturbed(
     rank: str, undisturbed: Path, pipeline_folder: Path, tmp_path: Path
 ) -> None:

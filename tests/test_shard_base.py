@@ -92,7 +92,7 @@ def assert_close(found: Any, expected: Any, rel: float = ROUNDING) -> None:
 # -------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize(("kind", "updates"), [("flow", 2), ("no_flow", 1), ("draft", 1)])
+@pytest.mark.parametrize(("kind", "updates"), [("flow", 2), ("no_flow", 1)])
 def test_a_sharded_run_equals_a_whole_one(kind: str, updates: int, ran: Ran) -> None:
     """Weights, metrics, evaluation and diagnostics, up to the rounding of float64; the passes are
     those of the whole run and the discarded ones."""
