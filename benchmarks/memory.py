@@ -19,7 +19,7 @@ from common import QUIET, machine, parser, report
 from nablagfn import planner
 from nablagfn.assemble import build_policy, build_prompts, build_reward
 from nablagfn.config import Config, set_option
-from nablagfn.costs import Tracker
+from nablagfn.costs import Tracker, tensors_of
 from nablagfn.options import load_config
 from nablagfn.rewards import modules_of
 from nablagfn.runfolder import RunFolder
@@ -74,8 +74,7 @@ def true_peak(config: Config, rows: int) -> float:
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
         modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
         modules += modules_of(trainer.reward)
-        known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        with Tracker([*known, chosen.paths.x, chosen.paths.eps]) as tracker:
+        with Tracker([*tensors_of(modules), chosen.paths.x, chosen.paths.eps]) as tracker:
             trainer.updater.accumulate(chosen, rows)
     return tracker.peak
 

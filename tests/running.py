@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 ENTRY = str(ROOT / "train_nablagfn.py")
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 NUMBERS = [
     "--config.sampling.num_steps=10",
     "--config.model.flow_channel_width=(16,32)",
@@ -37,8 +38,7 @@ def train(*options: str) -> list[str]:
 
 
 def torchrun(*options: str, processes: int = 2) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={processes}", ENTRY, *options]
+    return [*LAUNCHER, f"--nproc_per_node={processes}", ENTRY, *options]
 
 
 def small(model: Path | str, out: Path) -> list[str]:
@@ -59,9 +59,12 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def weights(folder: Path, update: int) -> dict[str, torch.Tensor]:
+LEARNED = ("policy", "objective")
+
+
+def weights(folder: Path, update: int, names: Sequence[str] = LEARNED) -> dict[str, torch.Tensor]:
     where = folder / "checkpoints" / f"update_{update:06d}"
-    parts = (load_file(where / f"{name}.safetensors") for name in ("policy", "objective"))
+    parts = (load_file(where / f"{name}.safetensors") for name in names)
     return {name: value for part in parts for name, value in part.items()}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nablagfn import assemble, planner
 from nablagfn.config import Config, ConfigError, RewardSettings
-from nablagfn.costs import Tracker, size_of
+from nablagfn.costs import Tracker, size_of, tensors_of
 from nablagfn.lookahead import LogReward, guess
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.options import load_config
@@ -46,7 +46,7 @@ def scored(reward: NamedReward) -> tuple[Tensor, Tensor]:
 
 
 def weights_of(reward: NamedReward) -> list[Tensor]:
-    return [t for m in modules_of(reward) for t in (*m.parameters(), *m.buffers())]
+    return tensors_of(modules_of(reward))
 
 
 @pytest.fixture

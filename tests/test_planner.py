@@ -13,7 +13,7 @@ from torch.utils._device import _device_constructors
 from nablagfn import architectures, planner
 from nablagfn.cli import main
 from nablagfn.config import Config, ConfigError
-from nablagfn.costs import Tracker, cost
+from nablagfn.costs import Tracker, cost, tensors_of
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.planner import Parts, Setting
 from nablagfn.prompts import PromptSet
@@ -54,8 +54,7 @@ def held_by_update(config: Config, rows: int) -> float:
     trainer.objective.observe(drawn.condition.prompts, drawn.reward)
     (chosen, *_) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
     modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
-    known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    with Tracker([*known, chosen.paths.x, chosen.paths.eps]) as tracker:
+    with Tracker([*tensors_of(modules), chosen.paths.x, chosen.paths.eps]) as tracker:
         trainer.updater.accumulate(chosen, rows)
     return tracker.peak
 

@@ -10,22 +10,16 @@ import torch
 
 from nablagfn.runfolder import RunFolder
 from tests.running import metrics, run, small, torchrun, train, weights
-from tests.tiny_pipeline import save_pipeline
 
 
-@pytest.fixture(scope="module")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def test_two_processes_equal_one_with_both_batches(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_both_batches(tiny_folder: Path, tmp_path: Path) -> None:
     """The same global batch: gradients, and so weights, agree to float32 rounding."""
     options = ["--config.training.num_epochs=1", "--config.model.unet_reg_scale=10"]
     one, two = tmp_path / "one", tmp_path / "two"
     both = ["--config.sampling.batch_size=8", "--config.training.batch_size=8"]
-    single = run(train(*small(pipeline_folder, one), *options, *both))
+    single = run(train(*small(tiny_folder, one), *options, *both))
     assert single.returncode == 0, single.stderr
-    double = run(torchrun(*small(pipeline_folder, two), *options))
+    double = run(torchrun(*small(tiny_folder, two), *options))
     assert double.returncode == 0, double.stderr
     assert 'processes": "2"' in (two / "colourfulness_seed0" / "versions.json").read_text()
     for a, b in zip(
@@ -84,17 +78,17 @@ def six_updates(model: Path, folder: Path, *launcher: str, victim: str = "none")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six updates of two ranks in one go."""
-    return six_updates(pipeline_folder, tmp_path_factory.mktemp("undisturbed"))
+    return six_updates(tiny_folder, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.proof)])
 def test_a_killed_rank_is_started_again_and_ends_as_if_undisturbed(
-    rank: str, undisturbed: Path, pipeline_folder: Path, tmp_path: Path
+    rank: str, undisturbed: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """torchrun --max-restarts starts all ranks again; they go on from the newest checkpoint."""
-    folder = six_updates(pipeline_folder, tmp_path, "--max-restarts=1", victim=rank)
+    folder = six_updates(tiny_folder, tmp_path, "--max-restarts=1", victim=rank)
     assert (tmp_path / "killed").is_file()
     assert metrics(folder) == metrics(undisturbed)
     first, second = weights(folder, 6), weights(undisturbed, 6)
@@ -104,9 +98,9 @@ def test_a_killed_rank_is_started_again_and_ends_as_if_undisturbed(
     assert old.stat().st_mtime < (tmp_path / "killed").stat().st_mtime
 
 
-def test_a_killed_rank_without_restarts_ends_the_run(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_without_restarts_ends_the_run(tiny_folder: Path, tmp_path: Path) -> None:
     """The other rank does not wait for it for ever; the same command would go on."""
     with pytest.raises(AssertionError, match=r"SIGKILL|exitcode"):
-        six_updates(pipeline_folder, tmp_path, victim="1")
+        six_updates(tiny_folder, tmp_path, victim="1")
     done = [path.name for path in (tmp_path / "mortal.colour_seed0" / "checkpoints").iterdir()]
     assert "update_000002" in done

@@ -24,23 +24,17 @@ from tests.running import (
     wait_for_updates,
     weights,
 )
-from tests.tiny_pipeline import save_pipeline
-
-
-@pytest.fixture(scope="module")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def test_five_updates_then_sigkill_then_five_more_equal_ten(
-    pipeline_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Bit for bit on CPU: LoRA, flow network and metrics."""
     options = ["--config.training.num_epochs=10", "--config.logging.save_freq=5"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = run(train(*small(pipeline_folder, whole), *options))
+    done = run(train(*small(tiny_folder, whole), *options))
     assert done.returncode == 0, done.stderr
-    command = train(*small(pipeline_folder, cut), *options)
+    command = train(*small(tiny_folder, cut), *options)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = cut / "colourfulness_seed0"
     wait_for_updates(folder, 6, process)
@@ -57,10 +51,8 @@ def test_five_updates_then_sigkill_then_five_more_equal_ten(
     assert any(value.abs().sum() > 0 for name, value in first.items() if "lora_B" in name)
 
 
-def test_sigterm_saves_and_the_same_command_continues(
-    pipeline_folder: Path, tmp_path: Path
-) -> None:
-    options = [*small(pipeline_folder, tmp_path), "--config.training.num_epochs=100"]
+def test_sigterm_saves_and_the_same_command_continues(tiny_folder: Path, tmp_path: Path) -> None:
+    options = [*small(tiny_folder, tmp_path), "--config.training.num_epochs=100"]
     folder = tmp_path / "colourfulness_seed0"
     process = subprocess.Popen(
         train(*options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -170,10 +162,10 @@ BAD = {
 
 @pytest.mark.parametrize("option", BAD)
 def test_bad_input_is_one_line_and_writes_nothing(
-    option: str, pipeline_folder: Path, tmp_path: Path
+    option: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    done = run(train(*small(pipeline_folder, out), option))
+    done = run(train(*small(tiny_folder, out), option))
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0, done.stderr
     assert BAD[option] in done.stderr

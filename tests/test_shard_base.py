@@ -7,14 +7,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nablagfn.assemble import build_policy, build_prompts, build_reward, build_view, side_by_side
@@ -27,10 +25,11 @@ from nablagfn.runfolder import RunFolder
 from nablagfn.trainer import Trainer
 from nablagfn.types import Condition
 from nablagfn.worlds.policy import WorldPolicy
+from tests.running import LAUNCHER, LEARNED, ROOT, metrics, weights
 from tests.test_trainer import make_trainer, small_config
 from tests.tiny_pipeline import make_pipeline
 
-ROOT = Path(__file__).parent.parent
+SAVED = (*LEARNED, "pytorch_lora_weights")
 TIMEOUT = 420  # seconds: a hang is a failure
 ROUNDING = 1e-6  # of float64 runs: gradients are summed in another order, then Adam divides
 
@@ -49,8 +48,7 @@ class Ran:
 def ran(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """Two processes; torch compares each collective over them and fails when they differ."""
     out = tmp_path_factory.mktemp("shards")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node=2", "tests/shard_worker.py", str(tiny_folder), str(out)]
+    command = [*LAUNCHER, "--nproc_per_node=2", "tests/shard_worker.py", str(tiny_folder), str(out)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TORCH_DISTRIBUTED_DEBUG": "DETAIL", "PYTHONPATH": path}
     done = subprocess.run(
@@ -59,17 +57,6 @@ def ran(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     assert (out / "found.json").is_file(), done.stderr
     found = json.loads((out / "found.json").read_text(encoding="utf-8"))
     return Ran(out, found, done.returncode, done.stderr)
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in RunFolder(folder).metrics()]
-
-
-def weights(folder: Path, update: int) -> dict[str, Tensor]:
-    where = folder / "checkpoints" / f"update_{update:06d}"
-    names = ("policy", "objective", "pytorch_lora_weights")
-    parts = (load_file(where / f"{name}.safetensors") for name in names)
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def assert_close(found: Any, expected: Any, rel: float = ROUNDING) -> None:
@@ -101,7 +88,7 @@ def test_a_sharded_run_equals_a_whole_one(kind: str, updates: int, ran: Ran) -> 
     for a, b in zip(found, expected, strict=True):
         assert a.pop("model_evals") >= b.pop("model_evals")
     assert_close(found, expected)
-    before, after = weights(whole, updates), weights(sharded, updates)
+    before, after = (weights(f, updates, SAVED) for f in (whole, sharded))
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=ROUNDING, atol=1e-7)
@@ -130,7 +117,7 @@ def test_each_process_holds_half_of_the_base_model(kind: str, ran: Ran) -> None:
 
 
 def test_a_sharded_run_with_checkpointing_equals_a_whole_one_without(ran: Ran) -> None:
-    before, after = weights(ran.out / "whole_flow", 1), weights(ran.out / "checkpointed", 1)
+    before, after = (weights(ran.out / n, 1, SAVED) for n in ("whole_flow", "checkpointed"))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=ROUNDING, atol=1e-7)
 
@@ -142,7 +129,7 @@ def test_a_sharded_run_that_is_asked_to_stop_goes_on_bit_for_bit(ran: Ran) -> No
         metrics(ran.out / "cut"), metrics(ran.out / "sharded_flow"), strict=True
     ):
         assert cut.items() <= undisturbed.items() and "grad_norm" in cut
-    first, second = weights(ran.out / "cut", 2), weights(ran.out / "sharded_flow", 2)
+    first, second = (weights(ran.out / n, 2, SAVED) for n in ("cut", "sharded_flow"))
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 

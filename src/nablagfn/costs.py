@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -170,6 +170,11 @@ def _memory_saving_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = plain
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """All their parameters and buffers."""
+    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

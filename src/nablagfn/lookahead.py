@@ -23,6 +23,11 @@ def attenuation(alpha_bar: Tensor, mode: Attenuation) -> Tensor:
     return alpha_bar ** powers[mode]
 
 
+def row_attenuation(alpha_bar: Tensor, mode: Attenuation, like: Tensor) -> Tensor:
+    """γ of each row, [M], in the dtype of `like`: what log R(x̂) [M] is weighted by."""
+    return attenuation(alpha_bar, mode).flatten().to(like.dtype)
+
+
 @dataclass(frozen=True)
 class LogReward:
     """log R(x_N) = β·r(decode(x_N), own prompts): float32 whatever the policy computes in.

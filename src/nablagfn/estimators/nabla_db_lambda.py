@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from .. import kernels
 from ..bellman import Backed, Pass, Returns, adjoint, returns, sweep
 from ..kernels import KernelTable, Step
-from ..lookahead import Attenuation, LogReward, attenuation, guess, terminal_gradient
+from ..lookahead import (
+    Attenuation,
+    LogReward,
+    attenuation,
+    guess,
+    row_attenuation,
+    terminal_gradient,
+)
 from ..types import Condition, Policy, Selection, Transitions
 from ..value_gradient import (
     Estimate,
@@ -160,7 +167,9 @@ class NablaDBLambda(Estimator):
             value = self.log_reward(x_clean, batch.condition)
             m = kernels.mean(x, eps_ref, k)
         with self.policy.reference():
-            (rest,) = torch.autograd.grad((m, value), x, (v, -self._gamma(k, value)))
+            (rest,) = torch.autograd.grad(
+                (m, value), x, (v, -row_attenuation(k.alpha_bar, self.mode, value))
+            )
         return rest
 
     def _target(self, here: Evaluated, v: Tensor) -> Tensor:
@@ -168,15 +177,11 @@ class NablaDBLambda(Estimator):
         with torch.enable_grad():
             value = self.log_reward(self._x_clean(here), here.batch.condition)
             m = kernels.mean(here.x, here.eps_ref, here.k)
-        gamma = self._gamma(here.k, value)
+        gamma = row_attenuation(here.k.alpha_bar, self.mode, value)
         (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
         with self.policy.reference():
             (back,) = torch.autograd.grad(m, here.x, v)
         return back - known
-
-    def _gamma(self, k: Step, like: Tensor) -> Tensor:
-        """γ_k, [M]."""
-        return attenuation(k.alpha_bar, self.mode).flatten().to(like.dtype)
 
     def _learned(
         self, x: Tensor, timestep: Tensor, condition: Condition, x_clean: Tensor

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..lookahead import Attenuation, LogReward, attenuation, guess
+from ..lookahead import Attenuation, LogReward, guess, row_attenuation
 from ..types import Policy, Transitions
 from ..value_gradient import Estimate, Estimator, Evaluated, mean_square
 
@@ -106,7 +106,7 @@ class ResidualDB(Estimator):
         m = kernels.mean(here.x, here.eps, k)
         x_clean = kernels.predict_clean(here.x, here.eps, k.alpha_bar)
         value = self.log_reward(x_clean, batch.condition)
-        gamma = attenuation(k.alpha_bar, self.mode).flatten().to(value.dtype)
+        gamma = row_attenuation(k.alpha_bar, self.mode, value)
         cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
         (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
         return shared - self.strength * here.ahead["score_ref"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import KernelTable, Step
-from ..lookahead import Attenuation, LogReward, attenuation
+from ..lookahead import Attenuation, LogReward, row_attenuation
 from ..rollout import StepChoice
 from ..types import Condition, Losses, Objective, Policy, Selection, Transitions, beside
 
@@ -93,7 +93,7 @@ class DagDB(Objective):
         """β·γ·r(decode(x̂)), a constant, [M]."""
         with torch.no_grad():
             value = self.log_reward(kernels.predict_clean(x, eps, alpha_bar), condition)
-        return attenuation(alpha_bar, self.mode).flatten().to(value.dtype) * value
+        return row_attenuation(alpha_bar, self.mode, value) * value
 
     def _flow(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """s_φ(x), [M]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import architectures, rewards, worlds
 from ..config import Config, ConfigError
-from ..costs import Cost, cost, per_row, size_of
+from ..costs import Cost, cost, per_row, size_of, tensors_of
 from ..distributed import weight_dtype
 from ..models.stable_diffusion import StableDiffusionPolicy
 from ..rewards import NamedReward, components_of, modules_of
@@ -124,10 +124,6 @@ class _PassedBy(nn.Module):
         return SimpleNamespace(last_hidden_state=encoder_hidden_states[..., : self.width])
 
 
-def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
-    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
-
-
 @dataclass(frozen=True)
 class Pass:
     """Something to run forward and, where `gradient`, back from its result.
@@ -202,7 +198,7 @@ class Subject:
             seen = torch.cat([x] * copies).to(policy.dtype)
             return policy.unet(seen, time, text, return_dict=False)[0].float()
 
-        return Pass(run, [*_tensors([policy.unet]), x, time, text], gradient)
+        return Pass(run, [*tensors_of([policy.unet]), x, time, text], gradient)
 
     @contextlib.contextmanager
     def checkpointing(self, on: bool) -> Iterator[None]:
@@ -220,7 +216,7 @@ class Subject:
     def decode(self, rows: int, gradient: bool) -> Pass:
         x = self.x(rows).requires_grad_(gradient)
         run = functools.partial(self.policy.decode, x)
-        return Pass(run, [*_tensors([self.policy.vae]), x], gradient)
+        return Pass(run, [*tensors_of([self.policy.vae]), x], gradient)
 
     def score(self, rows: int, gradient: bool) -> Pass:
         """Of pictures; a black box has no way back."""
@@ -238,13 +234,13 @@ class Subject:
                     f"pictures ({error}): plan with a built-in reward of its size"
                 ) from None
 
-        return Pass(run, [*_tensors(modules_of(self.reward)), images], gradient)
+        return Pass(run, [*tensors_of(modules_of(self.reward)), images], gradient)
 
     def guess(self, rows: int, gradient: bool) -> Pass:
         x, text, time = self.x(rows), self.text(rows), torch.zeros(rows, dtype=torch.long)
         where = Condition((PROMPT,) * rows, ({},) * rows, text)
         run = functools.partial(self.flow, x, time, where)
-        return Pass(run, [*_tensors([self.flow]), x, text, time], gradient)
+        return Pass(run, [*tensors_of([self.flow]), x, text, time], gradient)
 
 
 def learns_flow(config: Config) -> bool:
@@ -259,10 +255,10 @@ def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
     copies = 2 + moments  # of the float32 weights, gradients among them
     speed = config.speed
-    words, reward = _tensors([pipeline.text_encoder]), _tensors(modules_of(subject.reward))
+    words, reward = tensors_of([pipeline.text_encoder]), tensors_of(modules_of(subject.reward))
     return {
-        "U-Net": size_of(_tensors([pipeline.unet])) - theta,
-        "VAE": size_of(_tensors([pipeline.vae])),
+        "U-Net": size_of(tensors_of([pipeline.unet])) - theta,
+        "VAE": size_of(tensors_of([pipeline.vae])),
         "text encoder": 0 if speed.offload_text_encoder else size_of(words),
         "reward": 0 if speed.offload_reward else size_of(reward),
         "LoRA and its optimizer": copies * theta,
@@ -274,4 +270,4 @@ def _visiting(config: Config, reward: NamedReward) -> float:
     """Bytes of the largest component's weights, where they come and go."""
     if not config.speed.offload_reward:
         return 0.0
-    return max(size_of(_tensors(modules_of(part))) for part in components_of(reward))
+    return max(size_of(tensors_of(modules_of(part))) for part in components_of(reward))

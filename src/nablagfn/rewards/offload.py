@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..costs import tensors_of
 from ..surrogate import wants_gradient, with_gradient
 from ..types import Metadata, Reward
 from .compose import Composition
@@ -87,7 +88,7 @@ class Offloaded:
 @contextmanager
 def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside it their weights are copies on `device`; the originals stay and come back."""
-    own = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    own = {id(t): t for t in tensors_of(modules)}
     home = {key: tensor.data for key, tensor in own.items()}
     try:
         for tensor in own.values():
