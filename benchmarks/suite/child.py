@@ -1,0 +1,106 @@
+"""One step of the suite in a process of its own: python -m suite.child JOB (JSON)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .rows import Row, Status, Unavailable, append
+
+Figures = Mapping[str, Any]
+Case = Callable[["Setup"], Figures]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a case is told.
+
+    device: "cuda" or "cpu". small: tiny-animals in place of SD1.5, and less of everything. out:
+    for what is kept, work: for what is not; both exist. deadline: of time.monotonic().
+    """
+
+    device: str
+    small: bool
+    out: Path
+    work: Path
+    deadline: float
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+
+def card(device: str) -> str:
+    """The GPU's name, or the device."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def main(job: Mapping[str, Any]) -> None:
+    """Every case of the job; a case that raises is recorded and the next begins."""
+    setup = Setup(
+        job["device"],
+        job["small"],
+        Path(job["out"]),
+        Path(job["work"]),
+        time.monotonic() + job["seconds"],
+    )
+    cases: Mapping[str, Case] = importlib.import_module(f"suite.{job['module']}").CASES
+    on = card(setup.device)
+    for name in job["cases"]:
+        since = {"case": name, "since": time.time()}
+        (setup.work / "running.json").write_text(json.dumps(since), encoding="utf-8")
+        started = time.monotonic()
+        status, figures, error = attempt(cases[name], setup)
+        seconds = round(time.monotonic() - started, 2)
+        append(setup.out, Row(job["step"], name, status, seconds, on, setup.small, figures, error))
+        print(f"{job['step']}, {name}: {status}, {seconds} s\n{error}", flush=True)
+        free()
+
+
+def attempt(case: Case, setup: Setup) -> tuple[Status, Figures, str]:
+    try:
+        return "done", case(setup), ""
+    except Unavailable as lacking:
+        return "unavailable", {}, str(lacking)
+    except Failed as found:
+        return "failed", found.figures, str(found)
+    except BaseException:  # a SystemExit of the command line, too, is a result
+        return "failed", {}, traceback.format_exc()[-6000:]
+
+
+class Failed(Exception):
+    """A case that ended with figures, and not as it should."""
+
+    def __init__(self, text: str, figures: Figures) -> None:
+        super().__init__(text)
+        self.figures = figures
+
+
+def free() -> None:
+    """Nothing of one case lies in the next one's memory."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    from suite.child import main as run  # as a module, so that its exceptions are the steps' own
+
+    run(json.loads(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""Reward gradients: seconds and memory by resolution, through the decoder and through the guess.
+
+For one picture: β∇r(decode(z)) with respect to the latent z, and ∇_x r(decode(x̂(x))), which passes
+the U-Net too. SD1.5's U-Net and decoder, and each of the original rewards at full width, random
+weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nablagfn.lookahead import LogReward, guess, terminal_gradient
+from nablagfn.trainer import Trainer
+
+from .child import Case, Setup
+from .subject import ORIGINAL, Stopwatch, paths, peak, reset, trainer_of
+
+SIDES = (256, 512, 768, 1024)  # pixels
+REPEATS = 3
+
+
+def timed(device: torch.device, run: Callable[[], Tensor]) -> dict[str, Any]:
+    """Median seconds of `run` and its peak above what was there; the first call is not counted."""
+    run()
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    reset(device)
+    watch, seconds = Stopwatch(device), []
+    for _ in range(REPEATS):
+        run()
+        seconds.append(watch.lap())
+    return {
+        "seconds": statistics.median(seconds),
+        "peak above": peak(device) - held,
+        "finite": bool(run().isfinite().all()),
+    }
+
+
+def resolution(trainer: Trainer, latent: int, rows: int) -> dict[str, Any]:
+    """Both gradients at latents of latent × latent."""
+    policy, config = trainer.policy, trainer.config
+    log_reward = LogReward(policy, trainer.reward, config.model.reward_scale)
+    x = torch.randn(rows, policy.sample_shape[0], latent, latent, device=policy.device)
+    where = policy.condition([trainer.prompts.prompts[0]] * rows, ())
+    k = trainer.table.at(torch.full((rows,), trainer.table.num_steps // 2), x)
+    mode = config.model.reward_adaptive_mode
+    decoded = timed(policy.device, lambda: terminal_gradient(log_reward, x, where))
+    guessed = timed(policy.device, lambda: guess(log_reward, policy, x, k, where, mode).gradient)
+    return {"decode": decoded, "guess": guessed}
+
+
+def table(setup: Setup, *, name: str) -> dict[str, Any]:
+    """One row a resolution; a resolution that does not fit says so, and the next is tried."""
+    trainer = trainer_of(setup, paths(1), name)
+    smallest = trainer.policy.sample_shape[-1]
+    sizes = {side: side // 8 for side in SIDES}
+    if setup.small:
+        sizes = {64: smallest, 128: 2 * smallest}
+    rows = []
+    for side, latent in sizes.items():
+        for count in (1, 4):
+            row: dict[str, Any] = {"pixels": side, "pictures": count}
+            try:
+                row |= resolution(trainer, latent, count)
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            rows.append(row)
+    return {"reward": name, "rows": rows}
+
+
+CASES: dict[str, Case] = {name: partial(table, name=name) for name in ORIGINAL}
