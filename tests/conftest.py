@@ -18,6 +18,14 @@ from tests.tiny_pipeline import make_pipeline, save_pipeline
 from tests.worlds import MixtureWorld, randomise
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `pytest -m gpu` sees a GPU: all other tests are of the CPU, wherever they run."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # no deadline: a busy machine is not a failure. derandomize: the same examples every time.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")

@@ -1,0 +1,71 @@
+"""Whole runs by the command line: killed and resumed, by torchrun with NCCL, sharded by FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import LAUNCHER, ROOT, metrics, run, small, torchrun, train, weights
+from tests.running import wait_for_updates as wait
+
+OPTIONS = ("--config.training.num_epochs=4", "--config.logging.save_freq=1")
+
+
+def test_killed_and_resumed_is_the_same_run(
+    device: torch.device, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """By SIGKILL after its second update. On a GPU sums have no fixed order: up to rounding."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run(train(*small(tiny_folder, whole), *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    folder = parts / "colourfulness_seed0"
+    process = subprocess.Popen(
+        train(*small(tiny_folder, parts), *OPTIONS),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait(folder, 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run(train(*small(tiny_folder, parts), *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    expected, found = metrics(whole / "colourfulness_seed0"), metrics(folder)
+    assert [row["update"] for row in found] == [1, 2, 3, 4]
+    for a, b in zip(expected, found, strict=True):
+        assert b["reward"] == pytest.approx(a["reward"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+    first, second = (weights(f / "colourfulness_seed0", 4) for f in (whole, parts))
+    assert first.keys() == second.keys()
+
+
+def test_one_process_of_torchrun(device: torch.device, tiny_folder: Path, tmp_path: Path) -> None:
+    """NCCL on a GPU, gloo on a CPU: the same run as without a launcher."""
+    alone, launched = tmp_path / "alone", tmp_path / "launched"
+    done = run(train(*small(tiny_folder, alone), "--config.training.num_epochs=1"))
+    assert done.returncode == 0, done.stderr
+    command = torchrun(*small(tiny_folder, launched), "--config.training.num_epochs=1", processes=1)
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    (a,), (b,) = (metrics(f / "colourfulness_seed0") for f in (alone, launched))
+    for name in ("reward", "loss_forward", "grad_norm"):
+        assert b[name] == pytest.approx(a[name], rel=1e-3), name
+
+
+def test_shards_of_one_process(device: torch.device, tiny_folder: Path, tmp_path: Path) -> None:
+    """FSDP2 with a mesh of one: gathering and giving back change nothing."""
+    command = [*LAUNCHER, "--nproc_per_node=1", "tests/gpu/shard_alone.py"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path}
+    done = run([*command, str(tiny_folder), str(tmp_path)], env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert found["sharded parts"] > 0 and found["device"] == device.type
+    assert found["loss"] == pytest.approx(found["whole loss"], rel=1e-4)
+    assert found["worst"] < 2e-3 * found["moved"]
