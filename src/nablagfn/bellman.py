@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import kernels
 from .kernels import KernelTable, Step
-from .types import Condition, Policy, Selection
+from .types import Condition, Policy, Selection, beside
 from .value_gradient import EPS_REF
 
 
@@ -152,9 +152,9 @@ def sweep(
     parts = []
     for rows in torch.arange(len(paths.condition)).split(chunk):
         states = first[rows, None] + torch.arange(length + 1)
-        x = paths.x[rows[:, None].to(paths.x.device), states.to(paths.x.device)]
+        x = paths.x[beside(rows[:, None], paths.x), beside(states, paths.x)]
         parts.append(returns(x, first[rows], paths.condition[rows]))
-    row, j = chosen.row.to(paths.x.device), (chosen.step - first[chosen.row]).to(paths.x.device)
+    row, j = beside(chosen.row, paths.x), beside(chosen.step - first[chosen.row], paths.x)
     return {
         "return_next": torch.cat([part.mixed for part in parts])[row, j + 1],
         "return_rest": torch.cat([part.rest for part in parts])[row, j],

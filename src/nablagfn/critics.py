@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .types import beside
+
 __all__ = ["AestheticCritic", "AlignmentCritic", "AnimalClassifier"]
 
 SIZE = 64  # the side, in pixels, at which all critics look at pictures
@@ -174,10 +176,10 @@ class AlignmentCritic(_Critic):
             starts.append(len(ids))
             found = re.findall(r"[a-z]+", prompt.lower())
             ids += [self.index[word] for word in found if word in self.index]
-        device = self.words.weight.device
+        weight = self.words.weight
         bags = self.words(
-            torch.tensor(ids, dtype=torch.long, device=device),
-            torch.tensor(starts, dtype=torch.long, device=device),
+            beside(torch.tensor(ids, dtype=torch.long), weight),
+            beside(torch.tensor(starts, dtype=torch.long), weight),
         )
         return F.normalize(bags + self.text_head(bags), dim=1)
 

@@ -53,7 +53,7 @@ class StepDiagnostics:
         self, step: Tensor, values: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
     ) -> None:
         """step: [M] on the CPU. values: [M] each. vectors: [M, ...] each."""
-        where = self._bin_of[step].to(self._device)
+        where = self._bin_of[step].to(self._device, non_blocking=True)
         self._accumulate(self._sums, "count", where, torch.ones_like(where, dtype=torch.float32))
         for name, value in values.items():
             self._accumulate(self._sums, name, where, value)

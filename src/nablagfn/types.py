@@ -19,7 +19,7 @@ Metadata = Mapping[str, Any]
 
 
 def beside(index: Tensor, like: Tensor) -> Tensor:
-    """`index` on the device of `like`, without waiting for it."""
+    """`index` on the device of `like`, without waiting for it; its dtype stays."""
     return index.to(like.device, non_blocking=True)
 
 

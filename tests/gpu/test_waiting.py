@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from nablagfn.methods import METHODS
+from nablagfn.rewards import resolve
 from nablagfn.rollout import rollout
 from tests.gpu.setting import drawn, trainer_on
+from tests.tiny_rewards import save_weights
 
 KINDS = {**{method: {} for method in METHODS}, "nabla-db ": {"model.no_flow": True}}
+REWARDS = ("brightness", "tiny-aesthetic", "tiny-alignment", "aesthetic", "hpsv2", "imagereward")
 FREE = ("nabla-db", "nabla-db ", "nabla-db-lambda", "terminal-gradient", "ddpo")
 
 
@@ -45,6 +48,26 @@ def test_sampling(device: torch.device, tmp_path: Path) -> None:
     with no_waiting(device):
         drawn = rollout(policy, table, noise, where)
     assert bool(drawn.x.isfinite().all())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Narrow rewards of the true architectures."""
+    return str(save_weights(tmp_path_factory.mktemp("weights") / "narrow"))
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_scoring_and_its_gradient(name: str, folder: str, device: torch.device) -> None:
+    """Prompts that were seen before; ImageReward reads its prompts anew every time."""
+    reward = resolve(name, device, folder)
+    x = torch.rand(2, 3, 64, 64, device=device).requires_grad_()
+    prompts, metadata = ["a cat", "an ant"], [{}, {}]
+    known = reward(x, prompts, metadata)
+    with no_waiting(device):
+        value = reward(x, prompts, metadata)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert torch.allclose(value, known, rtol=1e-4, atol=1e-5)
+    assert bool(gradient.isfinite().all()) and bool(gradient.any())
 
 
 @pytest.mark.parametrize("method", FREE)

@@ -35,7 +35,7 @@ INSTALL = "pip install -c constraints.txt nablagfn"
 def versions(patient: Patient) -> Finding:
     """Failure for what is missing or too old, warning for what was not tested together."""
     missing = []
-    for text in importlib.metadata.requires("nablagfn") or ():
+    for text in _requirements():
         wanted = Requirement(text)
         if wanted.marker is None and not wanted.specifier.contains(_version(wanted.name)):
             missing.append(f"{wanted} (here: {_version(wanted.name)})")
@@ -46,6 +46,14 @@ def versions(patient: Patient) -> Finding:
         text = "not the tested versions: " + ", ".join(others)
         return Finding("warning", text, f"if something fails: {INSTALL}")
     return Finding("ok", f"torch {_version('torch')}, and all as tested")
+
+
+def _requirements() -> list[str]:
+    """What nablagfn needs; nothing is known of a checkout that is not installed."""
+    try:
+        return importlib.metadata.requires("nablagfn") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def _version(name: str) -> str:

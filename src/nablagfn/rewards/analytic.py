@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..types import Metadata
+from ..types import Metadata, beside
 
 EPSILON = 1e-12  # keeps √0 differentiable on flat pictures
 
@@ -20,8 +21,8 @@ def _std(values: Tensor) -> Tensor:
 
 def _luma(images: Tensor) -> Tensor:
     """Rec. 709 luma, [B, H·W]."""
-    weights = images.new_tensor([0.2126, 0.7152, 0.0722]).reshape(1, 3, 1, 1)
-    return (weights * images).sum(1).flatten(1)
+    weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype).reshape(1, 3, 1, 1)
+    return (beside(weights, images) * images).sum(1).flatten(1)
 
 
 def colourfulness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:

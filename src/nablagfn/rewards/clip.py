@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ..types import Metadata
+from ..types import Metadata, beside
 
 CONTEXT = 77  # tokens, start and end included
 
@@ -90,7 +90,7 @@ class ClipScore(nn.Module):
                 pooled = self.model.text_model(input_ids=tokens).pooler_output
                 embedding = F.normalize(self.model.text_projection(pooled), dim=-1)
                 self.remember(prompt, embedding[0].cpu())
-        return torch.stack([self._texts[p] for p in prompts]).to(scale.device, scale.dtype)
+        return beside(torch.stack([self._texts[p] for p in prompts]), scale).to(scale.dtype)
 
     def remember(self, prompt: str, embedding: Tensor) -> None:
         """Use this unit embedding [D] instead of encoding the prompt."""

@@ -19,7 +19,7 @@ from transformers import BertTokenizer, BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..types import Metadata
+from ..types import Metadata, beside
 from .aesthetic import Head
 from .pixels import shorter_side
 from .weights import BERT_WORDS, IMAGEREWARD, Finder
@@ -131,8 +131,8 @@ class ImageReward(nn.Module):
         seen = self.picture(pixel_values=pixels).last_hidden_state
         tokens = self.tokens(prompts)
         read = self.text(
-            input_ids=tokens["input_ids"].to(weight.device),
-            attention_mask=tokens["attention_mask"].to(weight.device),
+            input_ids=beside(tokens["input_ids"], weight),
+            attention_mask=beside(tokens["attention_mask"], weight),
             encoder_hidden_states=seen,
             encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=torch.long),
             is_decoder=False,

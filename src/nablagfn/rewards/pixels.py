@@ -7,8 +7,11 @@ rounded to 8 bits; tests/parity measures what the rounding is worth.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..types import beside
 
 SIZE = 224
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,7 +29,8 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """(x − mean)/std per channel."""
-    mean, std = (images.new_tensor(v).reshape(1, 3, 1, 1) for v in (MEAN, STD))
+    values = torch.tensor([MEAN, STD], dtype=images.dtype)
+    mean, std = beside(values, images).reshape(2, 1, 3, 1, 1)
     return (images - mean) / std
 
 
