@@ -27,13 +27,14 @@ from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
 from nablagfn.objectives.matching import MatchingObjective
 from nablagfn.prompts import PromptSet
-from nablagfn.rewards import analytic
+from nablagfn.rewards import analytic, modules_of, resolve
 from nablagfn.rollout import replay, rollout
 from nablagfn.trainer import Trainer
 from nablagfn.types import Metadata, Policy, Selection
 from tests.live_graph import LiveGraph
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
+from tests.tiny_rewards import save_weights
 from tests.worlds import randomise
 
 PROMPTS = ("a cat", "a dog", "an ant")
@@ -320,17 +321,20 @@ def test_a_small_decoder_that_does_not_fit_gives_one_line(
 
 
 class Copies(TorchDispatchMode):
-    """Counts copies between devices. On `meta`, reading a value back is an error by itself."""
+    """Counts copies between devices, and those that wait. On `meta`, reading a value back is an
+    error by itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default:
             target = kwargs.get("device")
-            self.count += target is not None and torch.device(target) != args[0].device
+            moved = target is not None and torch.device(target) != args[0].device
+            self.count += moved
+            self.waits += moved and not kwargs.get("non_blocking", False)
         return func(*args, **kwargs)
 
 
@@ -366,8 +370,35 @@ def test_a_micro_batch_waits_for_nothing(flow: bool) -> None:
         with Copies() as copies:
             losses = objective.losses(batch[torch.arange(2, 7)])
             losses.total().sum().backward(inputs=policy.parameters())
-        assert losses.total().device.type == "meta"
+        assert losses.total().device.type == "meta" and copies.waits == 0
         assert copies.count == 5  # rows for x and for prompts; steps; noisy rows, twice
+
+
+@pytest.fixture(scope="module")
+def reward_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Narrow rewards of the true architectures."""
+    return str(save_weights(tmp_path_factory.mktemp("weights") / "narrow"))
+
+
+@pytest.mark.parametrize(
+    "name", ["brightness", "tiny-aesthetic", "tiny-alignment", "aesthetic", "hpsv2"]
+)  # in ImageReward's text encoder transformers asks whether the masks are all ones
+def test_scoring_waits_for_nothing(
+    name: str, reward_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that were seen before. `new_tensor` copies from the CPU, and waits unseen."""
+    reward = resolve(name, torch.device("cpu"), reward_weights)
+    prompts, metadata = ["a cat", "an ant"], [{}, {}]
+    with torch.no_grad():
+        reward(torch.rand(2, 3, 64, 64), prompts, metadata)
+    for module in modules_of(reward):
+        module.to("meta")
+    monkeypatch.setattr(Tensor, "new_tensor", None)
+    x = torch.rand(2, 3, 64, 64, device="meta").requires_grad_()
+    with Copies() as copies:
+        value = reward(x, prompts, metadata)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert gradient.device.type == "meta" and copies.waits == 0
 
 
 def test_walking_a_path_again_waits_for_nothing() -> None:
