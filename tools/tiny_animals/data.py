@@ -92,6 +92,10 @@ class Composites:
     style: np.ndarray
     background: np.ndarray
 
+    def labels(self) -> np.ndarray:
+        """Animal, style, background: int16 [N, 3]."""
+        return np.stack([self.animal, self.style, self.background], 1)
+
 
 def _svg(icons: dict, chars: dict, code: str) -> str | None:
     """The SVG text of a code point in an iconify set, or None where it has none."""
@@ -215,8 +219,7 @@ def build(sprites: Sprites, copies: int, at_random: bool, seed: int) -> Composit
     rng = np.random.default_rng(seed)
     labels = [
         (a, s, b, k)
-        for a in range(len(ANIMALS))
-        for s in range(len(STYLES))
+        for a, s in sprites.table
         for b in range(len(BACKGROUNDS))
         for k in range(copies)
     ]

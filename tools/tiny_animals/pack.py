@@ -4,8 +4,9 @@
 
 The file is a zip of WebP pictures, ``horse/glossy/0.webp`` and so on: each drawing trimmed and
 fitted as composites take it, premultiplied, without loss, so that composites made from it are
-those made from the npm packages, bit for bit (2.04 MB, two minutes). Reading it takes Pillow only. The drawings keep
-their licences (see the model card): do not pass the file on without their attributions.
+those made from the npm packages, bit for bit: 2.04 MB, in two minutes. To be read it needs
+Pillow only. The drawings keep their licences (see the model card): do not pass the file on
+without their attributions.
 """
 
 from __future__ import annotations
