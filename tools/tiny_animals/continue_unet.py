@@ -50,6 +50,7 @@ SHIPPED_STEPS = 2000  # what the shipped weights were trained for, see the model
 SOFT = ("horse", "whale", "rat", "bat", "monkey", "turkey")
 STEPS = 20  # of sampling, for the figures
 COLUMNS = 6  # pictures of each animal in the grid, before and after
+TRIAL_SEED = 10_000  # of the batches that weights are compared on
 BATCH = {"cuda": 384, "cpu": 96}
 
 
@@ -80,6 +81,10 @@ class Longer(Run):
         """``weights``: where the averaged weights go; the rest as for Run."""
         self.weights = weights
         super().__init__(*args, **options)
+
+    def begin(self, seconds: float) -> None:
+        """The clock starts now; there are so many seconds from here."""
+        self.budget, self._last = self.elapsed + seconds, time.monotonic()
 
     def save(self) -> None:
         """Write the averaged weights, and the whole state where one is asked for."""
@@ -148,6 +153,13 @@ def put_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> No
         module.load_state_dict(own)
 
 
+@torch.no_grad()
+def trial(lessons: Lessons, policy: Policy, batch: int) -> float:
+    """Loss on four batches that are the same each time, for weights to be compared."""
+    losses = [float(lessons.loss(policy, step, TRIAL_SEED, batch)) for step in range(4)]
+    return round(float(np.mean(losses)), 5)
+
+
 def train(
     pipe: StableDiffusionPipeline, args: argparse.Namespace, start: tuple[dict, int], until: float
 ) -> None:
@@ -166,13 +178,18 @@ def train(
         minutes=0,
         first=start[1],
     )
-    run.budget = run.elapsed + until - time.monotonic()
-    line = {"from": run.step, "batch": batch, "seconds": round(run.budget - run.elapsed, 1)}
-    print(json.dumps(line), flush=True)
+    began = time.monotonic()
+    line = {"from": run.step, "batch": batch, "loss_on_trial": trial(lessons, policy, batch)}
+    seconds = until - 2 * time.monotonic() + began  # the trial comes again at the end
+    run.begin(seconds)
+    print(json.dumps({**line, "seconds": round(seconds, 1)}), flush=True)
     for step in run.steps():
         loss = lessons.loss(policy, step, args.seed, batch)
         run.update(loss, {"v": loss})
     run.log()
+    policy.load_state_dict(run.averages["policy"].values)
+    line = {"to": run.step, "loss_on_trial": trial(lessons, policy, batch)}
+    print(json.dumps(line), flush=True)
 
 
 def write_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
