@@ -235,6 +235,7 @@ def test_without_time_left_it_trains_no_step(
     argv = ["--pack", str(one_cat(tools, tmp_path)), "--device", "cpu", "--batch", "4"]
     argv += ["--each", "0", "--minutes", "1", "--out", str(tmp_path)]
     tools.more.main(argv, age=60)
+    assert "no time" in lines(capsys)[0]["note"]
     weights, step = tools.more.read_weights(tmp_path / "more.safetensors")
     assert step == 2000
     shipped = tools.more.weights_of(tools.more.load_pipeline(tools.more.SHIPPED))

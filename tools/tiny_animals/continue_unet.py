@@ -13,10 +13,11 @@ the shipped autoencoder, which stays as it is. Prints JSON lines. Writes to OUT:
   learning rate's cosine, which starts anew with each run.
 * ``before-after.png``: each soft animal as shipped (left) and now (right), from the same noise.
 
-``--state FILE`` also keeps everything in float32 (93 MB), so that a run that was interrupted goes
-on bit for bit on the same machine. The minutes hold for the whole process, figures included.
-``--minutes 0`` trains nothing: figures of ``--resume`` only. ``--pipeline FOLDER`` writes a
-pipeline with the new weights, for ``gate.py`` to judge. Nothing here replaces what is shipped.
+``--state FILE`` also keeps everything in float32 (94 MB): run again with the same file, a run that
+was interrupted goes on as if nothing had been, on a CPU bit for bit. The minutes hold for the
+whole process, figures included. ``--minutes 0`` trains nothing: figures of ``--resume`` only.
+``--pipeline FOLDER`` writes a pipeline with the new weights, for ``gate.py`` to judge. Nothing
+here replaces what is shipped.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Longer(Run):
 
     def log(self) -> None:
         """Print step, smoothed loss and seconds of training."""
-        loss = round(self.losses.get("v", float("nan")), 5)
+        loss = round(self.losses["v"], 5) if self.losses else None
         line = {"step": self.step, "loss": loss, "seconds": round(self.elapsed, 1)}
         print(json.dumps(line), flush=True)
 
@@ -124,20 +125,25 @@ def save_both(before: Tensor, after: Tensor, path: Path) -> None:
 
 
 @torch.no_grad()
-def lessons_of(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> Lessons:
-    """Composites of the pack, encoded by the pipeline's autoencoder."""
+def lessons_of(
+    pipe: StableDiffusionPipeline, args: argparse.Namespace, until: float
+) -> Lessons | None:
+    """Composites of the pack, encoded by the autoencoder; None where that is not done in time."""
     drawings = data.on_canvases(load_pack(args.pack))
     composites = data.build(drawings, copies=8, at_random=False, seed=0)
     images, labels, device = composites.images, composites.labels(), pipe.device
-    batches = [to_images(images[i : i + 64], device) for i in range(0, len(images), 64)]
+    parts = []
+    for i in range(0, len(images), 64):
+        if time.monotonic() > until:
+            return None
+        parts.append(mean_of(pipe.vae, to_images(images[i : i + 64], device)))
     shares = None
     if args.emphasis:
         chosen = [data.ANIMAL_NAMES.index(animal) for animal in args.emphasis]
         weight = np.where(np.isin(labels[:, 0], chosen), args.weight, 1.0)
         shares = weight / weight.sum()
-    z0 = torch.cat([mean_of(pipe.vae, batch) for batch in batches])
     tokens, alphas = Tokens(pipe.tokenizer), pipe.scheduler.alphas_cumprod
-    return Lessons(z0, labels, tokens, alphas, shares)
+    return Lessons(torch.cat(parts), labels, tokens, alphas, shares)
 
 
 def weights_of(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
@@ -164,13 +170,17 @@ def train(
     pipe: StableDiffusionPipeline, args: argparse.Namespace, start: tuple[dict, int], until: float
 ) -> None:
     """Train from the weights and steps ``start`` to the time ``until`` (of time.monotonic)."""
-    lessons, device = lessons_of(pipe, args), pipe.device
+    weights, device = args.out / "more.safetensors", pipe.device
+    lessons = lessons_of(pipe, args, until)
+    if lessons is None:
+        print(json.dumps({"note": "no time left to train"}), flush=True)
+        return write_weights(*start, weights)
     policy = Policy(pipe.tokenizer)
     policy.load_state_dict(start[0])
     policy.to(device, memory_format=torch.channels_last)
     batch = args.batch or BATCH[device.type]
     run = Longer(
-        args.out / "more.safetensors",
+        weights,
         args.state,
         {"policy": policy},
         Muon(policy.parameters(), lr=args.lr),
@@ -182,7 +192,7 @@ def train(
     line = {"from": run.step, "batch": batch, "loss_on_trial": trial(lessons, policy, batch)}
     seconds = until - 2 * time.monotonic() + began  # the trial comes again at the end
     run.begin(seconds)
-    print(json.dumps({**line, "seconds": round(seconds, 1)}), flush=True)
+    print(json.dumps({**line, "seconds": round(max(0.0, seconds), 1)}), flush=True)
     for step in run.steps():
         loss = lessons.loss(policy, step, args.seed, batch)
         run.update(loss, {"v": loss})
@@ -217,7 +227,10 @@ def options() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None, age: float = 0.0) -> None:
     """Measure, train, measure, in the given minutes, ``age`` seconds of which are gone already."""
-    args = options().parse_args(argv)
+    p = options()
+    args = p.parse_args(argv)
+    if args.minutes and not args.pack.is_file():
+        p.error(f"--pack: there is no {args.pack}; pack.py writes it")
     deadline = time.monotonic() - age + 60 * args.minutes
     start = read_weights(args.resume) if args.resume else None
     args.out.mkdir(parents=True, exist_ok=True)
