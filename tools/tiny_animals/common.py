@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 
 def parser(
-    description: str | None, minutes: float, lr: float, batch: int
+    description: str | None, minutes: float, lr: float, batch: int, work: bool = True
 ) -> argparse.ArgumentParser:
     """The options that all training scripts have."""
-    p = argparse.ArgumentParser(description=description)
-    p.add_argument("--work", type=Path, required=True, help="folder of data and checkpoints")
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if work:
+        p.add_argument("--work", type=Path, required=True, help="folder of data and checkpoints")
     p.add_argument("--minutes", type=float, default=minutes, help="length of the training")
     p.add_argument("--lr", type=float, default=lr)
     p.add_argument("--batch", type=int, default=batch)
@@ -29,11 +33,11 @@ def parser(
     return p
 
 
-def device_for(threads: int) -> torch.device:
-    """CUDA where there is one, else the CPU with that many threads."""
+def device_for(threads: int, name: str | None = None) -> torch.device:
+    """The named device, else CUDA where there is one, else the CPU with that many threads."""
     if threads:
         torch.set_num_threads(threads)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def save_atomic(value: Any, path: Path) -> None:
@@ -69,54 +73,62 @@ class Run:
     the time budget* to 2 %, so the same script fits a laptop and a GPU.
     """
 
+    every, talk = 120.0, 20.0  # seconds between checkpoints, between log lines
+
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         averages: dict[str, Average],
         minutes: float,
+        first: int = 0,
     ) -> None:
+        """``path``: the checkpoint, gone on from where it is there; ``first``: number of step 1."""
         self.path, self.modules, self.optimizer, self.averages = path, modules, optimizer, averages
-        self.budget, self.elapsed, self.step = 60 * minutes, 0.0, 0
+        self.budget, self.elapsed, self.step, self.first = 60 * minutes, 0.0, first, first
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.losses: dict[str, float] = {}
         self._last = self._logged = self._saved = time.monotonic()
-        if path.exists():
-            self._restore()
+        if path is not None and path.exists():
+            self._restore(path)
 
-    def _restore(self) -> None:
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+    def _restore(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            raise SystemExit(f"{path}: no whole checkpoint; delete it to start anew") from None
+        self.elapsed, self.step = state["elapsed"], state["step"]
+        self.first = state.get("first", 0)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         for name, average in self.averages.items():
             average.values.update(
                 {k: v.to(average.values[k].device) for k, v in state["averages"][name].items()}
             )
-            average.steps = state["step"]
+            average.steps = self.step - self.first
         self.optimizer.load_state_dict(state["optimizer"])
-        self.elapsed, self.step = state["elapsed"], state["step"]
-        print(f"resumed {self.path.name} at step {self.step}", flush=True)
+        print(f"resumed {path.name} at step {self.step}", flush=True)
 
     def save(self) -> None:
         """Write the checkpoint."""
-        save_atomic(
-            {
-                "modules": {k: m.state_dict() for k, m in self.modules.items()},
-                "averages": {k: a.values for k, a in self.averages.items()},
-                "optimizer": self.optimizer.state_dict(),
-                "elapsed": self.elapsed,
-                "step": self.step,
-            },
-            self.path,
-        )
+        state = {
+            "modules": {k: m.state_dict() for k, m in self.modules.items()},
+            "averages": {k: a.values for k, a in self.averages.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "elapsed": self.elapsed,
+            "step": self.step,
+            "first": self.first,
+        }
+        if self.path is not None:
+            save_atomic(state, self.path)
         self._saved = time.monotonic()
 
     def steps(self) -> Iterator[int]:
         """Step numbers until the time is over; sets the learning rate before each."""
         while self.elapsed < self.budget:
             share = self.elapsed / self.budget
-            factor = min(1.0, (self.step + 1) / 100) * (
+            factor = min(1.0, (self.step - self.first + 1) / 100) * (
                 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
             )
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -125,7 +137,7 @@ class Run:
             self.step += 1
             now = time.monotonic()
             self.elapsed, self._last = self.elapsed + now - self._last, now
-            if now - self._saved > 120:
+            if now - self._saved > self.every:
                 self.save()
         self.save()
 
@@ -141,11 +153,15 @@ class Run:
         for key, value in parts.items():
             old = self.losses.get(key, float(value.detach()))
             self.losses[key] = 0.98 * old + 0.02 * float(value.detach())
-        if time.monotonic() - self._logged > 20:
+        if time.monotonic() - self._logged > self.talk:
             self._logged = time.monotonic()
-            text = "  ".join(f"{k} {v:.4f}" for k, v in self.losses.items())
-            left = (self.budget - self.elapsed) / 60
-            print(f"step {self.step}  {text}  {left:.1f} min left", flush=True)
+            self.log()
+
+    def log(self) -> None:
+        """Print the smoothed losses."""
+        text = "  ".join(f"{k} {v:.4f}" for k, v in self.losses.items())
+        left = (self.budget - self.elapsed) / 60
+        print(f"step {self.step}  {text}  {left:.1f} min left", flush=True)
 
 
 def to_images(batch: np.ndarray, device: torch.device) -> Tensor:

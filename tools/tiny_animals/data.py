@@ -15,7 +15,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 SIZE = 64  # side of a composite, pixels
@@ -72,6 +71,10 @@ BACKGROUND_NAMES = tuple(BACKGROUNDS)
 _COLOURS = np.array(list(BACKGROUNDS.values()), dtype=np.float32)
 
 
+#: (animal, style) -> its sprites (poses): mode RGBa, trimmed, the longer side SPRITE pixels.
+Drawings = dict[tuple[int, int], list[Image.Image]]
+
+
 @dataclass(frozen=True)
 class Sprites:
     """All drawings: premultiplied RGBA canvases and what they show."""
@@ -88,6 +91,10 @@ class Composites:
     animal: np.ndarray
     style: np.ndarray
     background: np.ndarray
+
+    def labels(self) -> np.ndarray:
+        """Animal, style, background: int16 [N, 3]."""
+        return np.stack([self.animal, self.style, self.background], 1)
 
 
 def _svg(icons: dict, chars: dict, code: str) -> str | None:
@@ -109,6 +116,8 @@ def _svg(icons: dict, chars: dict, code: str) -> str | None:
 
 def _drawing(modules: Path, package: str, code: str) -> Image.Image | None:
     """One drawing as an RGBA picture of 256x256, or None where the package lacks it."""
+    import resvg_py  # only where drawings are read from npm packages, not from a pack
+
     root = modules / package
     if package == STYLES["glossy"]:
         for name in (code, f"{code}-fe0f"):
@@ -123,30 +132,47 @@ def _drawing(modules: Path, package: str, code: str) -> Image.Image | None:
     return Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
 
 
-def _canvas(drawing: Image.Image) -> Image.Image:
-    """Trim a drawing, fit it to SPRITE pixels, centre it on a premultiplied canvas."""
+def fitted(drawing: Image.Image) -> Image.Image:
+    """Trim a drawing and fit it to SPRITE pixels; premultiplied (mode RGBa)."""
     box = drawing.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
     trimmed = drawing.crop(box).convert("RGBa")
     ratio = SPRITE / max(trimmed.size)
     size = (max(1, round(trimmed.width * ratio)), max(1, round(trimmed.height * ratio)))
-    small = trimmed.resize(size, Image.Resampling.LANCZOS)
+    return trimmed.resize(size, Image.Resampling.LANCZOS)
+
+
+def _canvas(sprite: Image.Image) -> Image.Image:
+    """Centre a sprite on a premultiplied canvas."""
     canvas = Image.new("RGBa", (CANVAS, CANVAS))
-    canvas.paste(small, ((CANVAS - size[0]) // 2, (CANVAS - size[1]) // 2))
+    canvas.paste(sprite, ((CANVAS - sprite.width) // 2, (CANVAS - sprite.height) // 2))
     return canvas
 
 
-def load_sprites(modules: Path) -> Sprites:
-    """Read all drawings from an unpacked ``node_modules`` folder."""
-    canvases: list[Image.Image] = []
-    table: dict[tuple[int, int], list[int]] = {}
+def read_drawings(modules: Path) -> Drawings:
+    """Every (animal, style) with its sprites, from an unpacked ``node_modules`` folder."""
+    drawings: Drawings = {}
     for a, codes in enumerate(ANIMALS.values()):
         for s, package in enumerate(STYLES.values()):
             found = [d for d in (_drawing(modules, package, c) for c in codes) if d is not None]
             if not found:
                 raise ValueError(f"{package} has no picture of: {ANIMAL_NAMES[a]}")
-            table[a, s] = list(range(len(canvases), len(canvases) + len(found)))
-            canvases += [_canvas(d) for d in found]
+            drawings[a, s] = [fitted(d) for d in found]
+    return drawings
+
+
+def on_canvases(drawings: Drawings) -> Sprites:
+    """The drawings as composites take them."""
+    canvases: list[Image.Image] = []
+    table: dict[tuple[int, int], list[int]] = {}
+    for key, found in drawings.items():
+        table[key] = list(range(len(canvases), len(canvases) + len(found)))
+        canvases += [_canvas(sprite) for sprite in found]
     return Sprites(canvases, table)
+
+
+def load_sprites(modules: Path) -> Sprites:
+    """Read all drawings from an unpacked ``node_modules`` folder."""
+    return on_canvases(read_drawings(modules))
 
 
 def composite(
@@ -185,16 +211,15 @@ def placed_at_random(
     return composite(sprites, index, background, size, (dx, dy), bool(rng.random() < 0.5))
 
 
-def build(modules: Path, copies: int, at_random: bool, seed: int) -> Composites:
+def build(sprites: Sprites, copies: int, at_random: bool, seed: int) -> Composites:
     """``copies`` composites of every (animal, style, background), poses in turn, shuffled.
 
     Not at random, the copies run through the poses, two sizes and mirroring: 8 cover all.
     """
-    sprites, rng = load_sprites(modules), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     labels = [
         (a, s, b, k)
-        for a in range(len(ANIMALS))
-        for s in range(len(STYLES))
+        for a, s in sprites.table
         for b in range(len(BACKGROUNDS))
         for k in range(copies)
     ]
@@ -263,7 +288,7 @@ def main() -> None:
     args = parser.parse_args()
     for name, copies in (("modes", 8), ("random", 16)):
         if not (args.out / name / "images.npy").exists():
-            data = build(args.modules, copies, name == "random", args.seed)
+            data = build(load_sprites(args.modules), copies, name == "random", args.seed)
             save(data, args.out / name)
 
 

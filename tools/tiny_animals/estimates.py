@@ -42,7 +42,7 @@ def main() -> None:
     policy.load_state_dict(state)
     alphas = build_scheduler().alphas_cumprod.to(device)
     table, z = data.load(args.work / "data" / "modes"), latents(args.work, device)
-    labels, out = np.stack([table.animal, table.style, table.background], 1), np.empty_like(z)
+    labels, out = table.labels(), np.empty_like(z)
     for i in range(0, len(z), args.batch):
         rows = slice(i, i + args.batch)
         texts = [data.random_caption(*row, rng, p_empty=0.0) for row in labels[rows].tolist()]

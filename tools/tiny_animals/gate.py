@@ -25,13 +25,13 @@ from nablagfn.critics import AestheticCritic, AlignmentCritic, AnimalClassifier
 NAMED = ("cat", "dog", "horse", "lion", "fox", "turtle", "duck", "bee", "pig", "whale")
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline, quiet and without a safety checker."""
+def load_pipeline(folder: Path, device: torch.device | None = None) -> StableDiffusionPipeline:
+    """The pipeline, quiet and without a safety checker, on CUDA where there is one."""
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, safety_checker=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def draw(
@@ -65,8 +65,13 @@ def spread(labels: list[str], names: tuple[str, ...]) -> dict[str, Any]:
     return {"least": min(ratio.values()), "most": max(ratio.values()), **ratio}
 
 
-def judge(images: Tensor, folder: Path, prompts: list[str], wanted: list[str]) -> dict[str, Any]:
-    """All figures about samples whose prompts name only the animals ``wanted``."""
+def judge(
+    images: Tensor, folder: Path, prompts: list[str], wanted: list[str], most: int | None = 8
+) -> dict[str, Any]:
+    """All figures about samples whose prompts name only the animals ``wanted``.
+
+    Of the misses, the ``most`` frequent animals are named; None: all that have one.
+    """
     critics = folder / "critics"
     found = AnimalClassifier.from_folder(critics).predict(images)
     right = [a == b for a, b in zip(found["animal"], wanted, strict=True)]
@@ -76,7 +81,7 @@ def judge(images: Tensor, folder: Path, prompts: list[str], wanted: list[str]) -
         fit = AlignmentCritic.from_folder(critics)(images, prompts)
     return {
         "recognised": round(float(np.mean(right)), 4),
-        "misses": dict(misses.most_common(8)),
+        "misses": dict(misses.most_common(most)),
         "style": spread(found["style"], data.STYLE_NAMES),
         "background": spread(found["background"], data.BACKGROUND_NAMES),
         "aesthetic": [round(float(look.mean()), 3), round(float(look.std()), 3)],

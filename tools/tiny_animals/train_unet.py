@@ -177,23 +177,23 @@ class IdealDenoiser:
 
     def __init__(self, z0: Tensor, labels: np.ndarray) -> None:
         self.z0, self.square = z0.flatten(1), z0.flatten(1).square().sum(1)
-        self.labels = torch.from_numpy(labels.astype(np.int64)).to(z0.device)
-        everything = torch.arange(len(z0), device=z0.device)
-        self.rows = {a: everything[self.labels[:, 0] == a] for a in range(len(data.ANIMALS))}
-        self.rows[-1] = everything
+        self.labels = labels  # on the CPU, so that a GPU is asked for nothing caption by caption
+        self.rows = {a: np.flatnonzero(labels[:, 0] == a) for a in range(len(data.ANIMALS))}
+        self.rows[-1] = np.arange(len(z0))
+        self.on_device = {k: torch.from_numpy(r).to(z0.device) for k, r in self.rows.items()}
 
-    def _allowed(self, rows: Tensor, captions: list[str], labels: Tensor) -> Tensor:
+    def _allowed(self, rows: np.ndarray, captions: list[str], labels: np.ndarray) -> Tensor:
         """Whether each of the rows fits each caption: bool [B, R]."""
-        fits = torch.ones(len(captions), len(rows), dtype=torch.bool, device=rows.device)
+        fits = np.ones((len(captions), len(rows)), dtype=bool)
         for i, text in enumerate(captions):
             words = set(text.split())
             for column, names in ((1, data.STYLE_NAMES), (2, data.BACKGROUND_NAMES)):
                 if words & set(names):
                     fits[i] &= self.labels[rows, column] == labels[i, column]
-        return fits
+        return torch.from_numpy(fits)
 
     def __call__(
-        self, x: Tensor, signal: Tensor, noise: Tensor, captions: list[str], pick: Tensor
+        self, x: Tensor, signal: Tensor, noise: Tensor, captions: list[str], pick: np.ndarray
     ) -> Tensor:
         """Mean x0 [B, 16, 8, 8] for x_t = signal * x0 + noise * e, of the pictures ``pick``."""
         labels, flat = self.labels[pick], x.flatten(1)
@@ -201,14 +201,54 @@ class IdealDenoiser:
         keys = [int(a) if c else -1 for a, c in zip(labels[:, 0], captions, strict=True)]
         for key in set(keys):
             members = [i for i, k in enumerate(keys) if k == key]
-            rows, a = self.rows[key], signal[members]
+            rows, a = self.on_device[key], signal[members]
             z = self.z0[rows]
             logits = (a * (flat[members] @ z.T) - a**2 / 2 * self.square[rows]) / noise[
                 members
             ] ** 2
-            fits = self._allowed(rows, [captions[i] for i in members], labels[members])
+            texts = [captions[i] for i in members]
+            fits = self._allowed(self.rows[key], texts, labels[members]).to(x.device)
             out[members] = logits.masked_fill(~fits, -torch.inf).softmax(1) @ z
         return out.view_as(x)
+
+
+class Lessons:
+    """The training's batches and loss; step and seed decide everything that is drawn."""
+
+    def __init__(
+        self,
+        z0: Tensor,
+        labels: np.ndarray,
+        tokens: Tokens,
+        alphas: Tensor,
+        shares: np.ndarray | None = None,
+    ) -> None:
+        """z0 [N, 16, 8, 8], labels [N, 3], alphas [T]; shares [N]: how often each is drawn.
+
+        With ``shares`` pictures are drawn more or less often; what is right for a noisy latent and
+        its caption, the mean over all pictures that the caption allows, stays what it is.
+        """
+        self.z0, self.labels, self.tokens, self.shares = z0, labels, tokens, shares
+        self.ideal, self.alphas = IdealDenoiser(z0, labels), alphas.to(z0.device)
+
+    def loss(self, policy: nn.Module, step: int, seed: int, batch: int) -> Tensor:
+        """Mean squared error of v, a scalar."""
+        z0, device = self.z0, self.z0.device
+        rng = np.random.default_rng((seed + 2, step))
+        torch.manual_seed(seed * 1_000_003 + step)
+        if self.shares is None:
+            pick = rng.integers(len(z0), size=batch)
+        else:
+            pick = rng.choice(len(z0), size=batch, p=self.shares)
+        captions = [data.random_caption(*self.labels[i].tolist(), rng) for i in pick]
+        ids, rows = self.tokens(captions).to(device), torch.from_numpy(pick).to(device)
+        t = (1000 * torch.rand(batch, device=device).sqrt()).long()  # density rises with t
+        signal = self.alphas[t].sqrt()[:, None, None, None]
+        noise_level = (1 - self.alphas[t]).sqrt()[:, None, None, None]
+        x = signal * z0[rows] + noise_level * torch.randn_like(z0[rows])
+        x0 = self.ideal(x, signal, noise_level, captions, pick)
+        wanted = (signal * x - x0) / noise_level  # v = signal * e - noise_level * x0
+        return F.mse_loss(policy(x, t, ids), wanted)
 
 
 def main() -> None:
@@ -222,29 +262,16 @@ def main() -> None:
         Tokens(tokenizer),
         Policy(tokenizer).to(device, memory_format=torch.channels_last),
     )
-    table = data.load(args.work / "data" / "modes")
-    labels = np.stack([table.animal, table.style, table.background], 1)
+    labels = data.load(args.work / "data" / "modes").labels()
     z0 = torch.from_numpy(latents(args.work, device)).to(device)
-    ideal = IdealDenoiser(z0, labels)
-    alphas = build_scheduler().alphas_cumprod.to(device)
+    lessons = Lessons(z0, labels, tokens, build_scheduler().alphas_cumprod)
     average = Average(policy, 0.9995)
     optimizer = Muon(policy.parameters(), lr=args.lr)
     run = Run(
         args.work / "policy.ckpt", {"policy": policy}, optimizer, {"policy": average}, args.minutes
     )
     for step in run.steps():
-        rng = np.random.default_rng((args.seed + 2, step))
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        pick = rng.integers(len(z0), size=args.batch)
-        captions = [data.random_caption(*labels[i].tolist(), rng) for i in pick]
-        ids, rows = tokens(captions).to(device), torch.from_numpy(pick).to(device)
-        t = (1000 * torch.rand(args.batch, device=device).sqrt()).long()  # density rises with t
-        signal = alphas[t].sqrt()[:, None, None, None]
-        noise_level = (1 - alphas[t]).sqrt()[:, None, None, None]
-        x = signal * z0[rows] + noise_level * torch.randn_like(z0[rows])
-        x0 = ideal(x, signal, noise_level, captions, rows)
-        wanted = (signal * x - x0) / noise_level  # v = signal * e - noise_level * x0
-        loss = F.mse_loss(policy(x, t, ids), wanted)
+        loss = lessons.loss(policy, step, args.seed, args.batch)
         run.update(loss, {"v": loss})
         if step % 500 == 499:
             save_atomic(average.values, args.work / "policy.pt")
