@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test parity parity-full check lint report-check proofs frontier proofs-demo docs tiny-animals setup clean
+.PHONY: demo test parity parity-full check lint report-check proofs frontier proofs-demo docs gpu gpu-rehearsal wheels tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=demo
@@ -48,6 +48,15 @@ frontier: $(READY)  ## every method's reward against diversity: docs/frontier.md
 
 proofs-demo: $(READY)  ## the demo's claims on three seeds, the gate at 50 steps (half an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m proof
+
+gpu: $(READY)  ## every claim about a GPU, tried and measured on one (8 minutes): out/gpu
+	$(BIN)/python benchmarks/gpu_suite.py --budget 480 --out out/gpu
+
+gpu-rehearsal: $(READY)  ## the same on a CPU, small (4 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_suite.py --device cpu --small --budget 240 --out out/rehearsal
+
+wheels: $(READY)  ## what a CUDA 13 node without internet lacks: .whl (docs/air_gapped.md)
+	$(BIN)/python tools/collect_wheels.py --have tools/nodes/cuda13.txt --out .whl
 
 docs: $(READY)  ## regenerate docs/options.md
 	$(BIN)/python tools/make_options_doc.py

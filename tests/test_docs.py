@@ -25,7 +25,7 @@ from .tiny_pipeline import make_pipeline
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 NEED_A_CLASSIFIER = {"probe_recognised"}
 BASE = 2_000  # samples behind a world's target: names matter here, figures do not
