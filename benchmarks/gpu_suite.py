@@ -100,11 +100,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     append(out, Row("suite", "begin", "done", 0.0, on, given.small, about))
     with temporary() as work:
-        launch = child_command(given.device, given.small, out)
+        launch = child_command(given.device, on, given.small, out)
         suite = Suite(out, Path(work), on, given.small, given.budget, launch, say)
-        failed = suite.run(given.steps, done)
-    say(f"{out / RESULTS}: {failed} failed")
-    sys.exit(1 if failed else 0)
+        ended = suite.run(given.steps, done)
+    say(f"{out / RESULTS}: " + ", ".join(f"{count} {status}" for status, count in ended.items()))
+    sys.exit(1 if ended["failed"] + ended["timeout"] else 0)
 
 
 def say(text: str) -> None:

@@ -88,7 +88,7 @@ def test_what_fails_is_recorded_and_the_next_begins(suite: Callable[..., Any]) -
     """A case that raises, one that kills its process, and a step after them."""
     one = ("first", "", ("fine", "raise", "crash", "after"))
     built = suite()
-    assert built.run(made_up(one, ("second", "", ("fine",)))) == 2
+    assert built.run(made_up(one, ("second", "", ("fine",)))) == {"done": 3, "failed": 2}
     found = results(built)
     assert [row.status for row in built.rows()] == ["done", "failed", "failed", "done", "done"]
     assert found["first", "raise"].error == "Traceback: no"
@@ -101,7 +101,8 @@ def test_what_fails_is_recorded_and_the_next_begins(suite: Callable[..., Any]) -
 def test_a_case_that_hangs_ends_with_its_step(suite: Callable[..., Any]) -> None:
     built, started = suite(), time.monotonic()
     steps = made_up(("slow", "", ("fine", "hang", "never")), limit=3)
-    assert built.run([*steps, *made_up(("next", "", ("fine",)))]) == 1
+    ended = built.run([*steps, *made_up(("next", "", ("fine",)))])
+    assert ended == {"done": 2, "timeout": 1, "skipped": 1}
     assert time.monotonic() - started < 15
     found = results(built)
     assert found["slow", "hang"].status == "timeout" and found["slow", "hang"].seconds > 1

@@ -14,6 +14,7 @@ from .child import Failed, Setup
 from .runner import ROOT
 
 FILE = "tests.jsonl"
+QUICK = "not whole_runs and not precision and not 16"  # for a rehearsal
 
 
 def run(setup: Setup) -> dict[str, Any]:
@@ -24,7 +25,9 @@ def run(setup: Setup) -> dict[str, Any]:
     file = setup.work / FILE
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     command += ["-p", "suite.outcomes", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist") is not None and not setup.small:
+    if setup.small:
+        command += ["-k", QUICK]
+    elif importlib.util.find_spec("xdist") is not None:
         command += ["-n", "4", "--dist", "loadfile"]
     env = {**os.environ, "NABLAGFN_OUTCOMES": str(file), "NABLAGFN_GPU": setup.device}
     try:

@@ -38,15 +38,6 @@ class Setup:
         return self.deadline - time.monotonic()
 
 
-def card(device: str) -> str:
-    """The GPU's name, or the device."""
-    if device != "cuda":
-        return device
-    import torch
-
-    return torch.cuda.get_device_name()
-
-
 def main(job: Mapping[str, Any]) -> None:
     """Every case of the job; a case that raises is recorded and the next begins."""
     setup = Setup(
@@ -57,14 +48,16 @@ def main(job: Mapping[str, Any]) -> None:
         time.monotonic() + job["seconds"],
     )
     cases: Mapping[str, Case] = importlib.import_module(f"suite.{job['module']}").CASES
-    on = card(setup.device)
     for name in job["cases"]:
         since = {"case": name, "since": time.time()}
         (setup.work / "running.json").write_text(json.dumps(since), encoding="utf-8")
         started = time.monotonic()
         status, figures, error = attempt(cases[name], setup)
         seconds = round(time.monotonic() - started, 2)
-        append(setup.out, Row(job["step"], name, status, seconds, on, setup.small, figures, error))
+        append(
+            setup.out,
+            Row(job["step"], name, status, seconds, job["on"], setup.small, figures, error),
+        )
         print(f"{job['step']}, {name}: {status}, {seconds} s\n{error}", flush=True)
         free()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nablagfn.lookahead import LogReward, guess, terminal_gradient
 from nablagfn.trainer import Trainer
 
-from .child import Case, Setup
+from .child import Case, Setup, free
 from .subject import ORIGINAL, Stopwatch, paths, peak, reset, trainer_of
 
 SIDES = (256, 512, 768, 1024)  # pixels
@@ -60,7 +60,7 @@ def table(setup: Setup, *, name: str) -> dict[str, Any]:
     smallest = trainer.policy.sample_shape[-1]
     sizes = {side: side // 8 for side in SIDES}
     if setup.small:
-        sizes = {64: smallest, 128: 2 * smallest}
+        sizes = {64: smallest}
     rows = []
     for side, latent in sizes.items():
         for count in (1, 4):
@@ -69,6 +69,7 @@ def table(setup: Setup, *, name: str) -> dict[str, Any]:
                 row |= resolution(trainer, latent, count)
             except torch.OutOfMemoryError:
                 row["error"] = "out of memory"
+                free()
             rows.append(row)
     return {"reward": name, "rows": rows}
 

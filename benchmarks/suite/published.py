@@ -111,7 +111,7 @@ def turns(setup: Setup) -> dict[str, Any]:
     draw = watch.lap()
     (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
     runs: dict[str, list[Learned]] = {kind.name: [] for kind in KINDS}
-    for _ in range(1 + TURNS):
+    for _ in range(2 if setup.small else 1 + TURNS):
         for kind in KINDS:
             runs[kind.name].append(learn(trainer, chosen, kind))
     seconds = {name: [found.seconds for found in rows[1:]] for name, rows in runs.items()}

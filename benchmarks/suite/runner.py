@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,9 @@ class Suite:
     launch: Launch
     say: Callable[[str], None] = print
 
-    def run(self, steps: Sequence[Step], done: Iterable[tuple[str, str]] = ()) -> int:
-        """Every step in turn; the number of cases that failed."""
-        started, known = time.monotonic(), set(done)
-        failed = 0
+    def run(self, steps: Sequence[Step], done: Iterable[tuple[str, str]] = ()) -> Counter[str]:
+        """Every step in turn; how many cases ended how."""
+        started, known, before = time.monotonic(), set(done), len(self.rows())
         for step in steps:
             left = self.budget - SPARE - (time.monotonic() - started)
             todo = narrowed(step, [c for c in step.cases if (step.name, c) not in known])
@@ -55,13 +55,13 @@ class Suite:
             elif left < step.least:
                 self._leave_out(todo, f"{max(left, 0):.0f} s are left of the budget")
             else:
-                failed += self.run_step(todo, min(step.limit, left))
+                self.run_step(todo, min(step.limit, left))
         for text in keep_within_limits(self.out):
             self.say(text)
-        return failed
+        return Counter(row.status for row in self.rows()[before:])
 
-    def run_step(self, step: Step, seconds: float) -> int:
-        """A process; begun again without a case that killed it. The number of failures."""
+    def run_step(self, step: Step, seconds: float) -> None:
+        """A process; begun again without a case that killed it."""
         until, before = time.monotonic() + seconds, len(self.rows())
         self.say(f"{step.name}: {step.why} (at most {seconds:.0f} s)")
         rest = step
@@ -77,7 +77,7 @@ class Suite:
                 rest = self._blame(rest, "failed", f"the process ended with exit code {code}")
             elif rest.cases:
                 rest = self._blame(rest, "timeout", f"ended after {seconds:.0f} s")
-        return self._tell([row for row in self.rows()[before:] if row.step == step.name])
+        self._tell([row for row in self.rows()[before:] if row.step == step.name])
 
     def rows(self) -> list[Row]:
         file = self.out / RESULTS
@@ -122,14 +122,12 @@ class Suite:
         for case in step.cases:
             append(self.out, Row(step.name, case, "skipped", 0.0, self.on, self.small, error=why))
 
-    def _tell(self, rows: Sequence[Row]) -> int:
-        failures = [row for row in rows if row.status in ("failed", "timeout")]
+    def _tell(self, rows: Sequence[Row]) -> None:
         for row in rows:
             text = f"  {row.case}: {row.status}, {row.seconds:.1f} s"
             if row.error:
                 text += f": {row.error.strip().splitlines()[-1][:160]}"
             self.say(text)
-        return len(failures)
 
 
 def environment() -> dict[str, str]:
@@ -150,7 +148,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def child_command(device: str, small: bool, out: Path) -> Launch:
+def child_command(device: str, on: str, small: bool, out: Path) -> Launch:
     """How a step is begun: suite/child.py in a fresh Python."""
 
     def command(step: Step, seconds: float, work: Path) -> list[str]:
@@ -160,6 +158,7 @@ def child_command(device: str, small: bool, out: Path) -> Launch:
             "cases": step.cases,
             "seconds": seconds,
             "device": device,
+            "on": on,
             "small": small,
             "out": str(out),
             "work": str(work),

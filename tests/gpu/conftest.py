@@ -44,9 +44,10 @@ def cuda(device: torch.device) -> torch.device:
 def clean(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No report is drawn; backend flags and memory are as they were."""
     monkeypatch.setattr("nablagfn.report.build", lambda folder: None)
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = flags
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.empty_cache()

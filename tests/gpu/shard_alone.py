@@ -54,6 +54,7 @@ def main(model: str, out: Path) -> None:
     held = sum(isinstance(p, DTensor) for p in parts.policy.unet.parameters())
     figures = {
         "device": parts.policy.device.type,
+        "backend": torch.distributed.get_backend(),
         "sharded parts": held,
         "whole loss": rows[0],
         "loss": rows[1],

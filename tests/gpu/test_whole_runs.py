@@ -14,7 +14,8 @@ import torch
 from tests.running import LAUNCHER, ROOT, metrics, run, small, torchrun, train, weights
 from tests.running import wait_for_updates as wait
 
-OPTIONS = ("--config.training.num_epochs=4", "--config.logging.save_freq=1")
+UPDATES = 10
+OPTIONS = (f"--config.training.num_epochs={UPDATES}", "--config.logging.save_freq=1")
 
 
 def test_killed_and_resumed_is_the_same_run(
@@ -33,15 +34,15 @@ def test_killed_and_resumed_is_the_same_run(
     )
     wait(folder, 2, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # and not at its end
     done = run(train(*small(tiny_folder, parts), *OPTIONS))
     assert done.returncode == 0, done.stderr
     expected, found = metrics(whole / "colourfulness_seed0"), metrics(folder)
-    assert [row["update"] for row in found] == [1, 2, 3, 4]
+    assert [row["update"] for row in found] == list(range(1, UPDATES + 1))
     for a, b in zip(expected, found, strict=True):
         assert b["reward"] == pytest.approx(a["reward"], rel=1e-3)
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
-    first, second = (weights(f / "colourfulness_seed0", 4) for f in (whole, parts))
+    first, second = (weights(f / "colourfulness_seed0", UPDATES) for f in (whole, parts))
     assert first.keys() == second.keys()
 
 
@@ -67,5 +68,6 @@ def test_shards_of_one_process(device: torch.device, tiny_folder: Path, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found["sharded parts"] > 0 and found["device"] == device.type
+    assert found["backend"] == ("nccl" if device.type == "cuda" else "gloo")
     assert found["loss"] == pytest.approx(found["whole loss"], rel=1e-4)
     assert found["worst"] < 2e-3 * found["moved"]
