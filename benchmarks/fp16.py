@@ -3,9 +3,9 @@
 python benchmarks/fp16.py [--model FOLDER] [--plain] [--scales 0.001 1 10000]
 
 guess: β·γ·∇r(x̂_θ(x_{k+1})). score, target: the two parts of residual ∇-DB's reverse condition.
-adjoint: the lean adjoint at x_k, and what of it came through the U-Net. LoRA: the gradient of the whole loss, under a loss scale of
-65536 that is halved until the gradient is finite, as GradScaler does, an update for each.
---plain: the border `models.in_range` lets cotangents through as they are.
+adjoint: the lean adjoint at x_k, and what of it came through the U-Net. LoRA: the gradient of the
+whole loss, under a loss scale of 65536 that is halved until the gradient is finite, as GradScaler
+does, an update for each. --plain: the border `models.in_range` lets cotangents through as they are.
 
 Four paths of eight steps, drawn in float32; transitions 0, 4 and 6, and the worst of the three is
 shown. new zeros: share of entries that are 0 in float16 only.

@@ -21,8 +21,10 @@ from nablagfn.lookahead import LogReward, terminal_gradient
 from nablagfn.models import in_range
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.objectives.matching import MatchingObjective, residual_score
+from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
 from nablagfn.rollout import replay, rollout
+from nablagfn.trainer import Trainer
 from nablagfn.types import Condition, Selection, Trajectories, Transitions
 from nablagfn.updater import Updater
 from nablagfn.value_gradient import mean_square
@@ -112,6 +114,12 @@ def far(beta: float) -> dict[str, float]:
     return {name: distance for name, distance in found.items() if distance > BOUND}
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes longer than the runs here."""
+    monkeypatch.setattr("nablagfn.report.build", lambda folder: None)
+
+
 @pytest.fixture
 def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The border lets everything through as it is."""
@@ -199,6 +207,8 @@ def test_every_way_to_ask_for_gradients_agrees() -> None:
     assert torch.equal(together[0], x.grad) and torch.equal(one, to_theta[3])
     for parameter, a, b in zip(theta, to_theta, together[1:], strict=True):
         assert torch.equal(a, b) and torch.equal(a, parameter.grad)
+    (direct,) = torch.autograd.grad(theta[0].square().sum(), theta[0])  # it crosses no border
+    assert torch.equal(direct, 2 * theta[0])
 
 
 def test_checkpointing_changes_nothing() -> None:
@@ -231,7 +241,25 @@ def test_scales_are_powers_of_two_and_a_broken_row_stays_alone() -> None:
     assert not product[0].isfinite().any() and product[1].isfinite().all()
 
 
-# ---------------------------------------------------------------------------- loss scaling
+# ---------------------------------------------------------------------------- whole updates
+
+
+@pytest.mark.parametrize("method", ["nabla-db", "adjoint-matching", "draft-k"])
+def test_the_first_update_of_a_run_is_that_of_float32(method: str, tmp_path: Path) -> None:
+    """Under a loss scale as on a GPU, and none is lost to finding it."""
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        options = {"model.reward_scale": 1e3, "training.num_epochs": 1}
+        config = method_config(method, tmp_path / str(dtype), **options)
+        policy = make_policy(dtype, guidance_scale=1.0)
+        prompts = PromptSet(("a cat", "a duck", "ants"))
+        trainer = Trainer(policy, KINDS[1].reward, prompts, config, show_progress=False)
+        trainer.updater.scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+        before = flat(policy.parameters()).detach().clone()
+        trainer.fit()
+        steps.append(flat(policy.parameters()).detach() - before)
+    true, found = steps
+    assert float((found - true).norm() / true.norm()) < BOUND
 
 
 def test_a_step_that_is_skipped_is_seen_and_the_next_one_is_made(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Border:
         return self._common[1]
 
     def _leave_through_theta(self, gradient: Tensor) -> Tensor:
-        return gradient / self._common_scale(gradient)
+        came, scale = self._common
+        return gradient / scale if came == torch._C._current_graph_task_id() else gradient
 
 
 def rows(cotangent: Tensor) -> Tensor:
