@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 TARGET = 8.0  # in the middle of what was found to work, 2^-8 … 2^14 (docs/performance.md)
-LEAST = 2.0**-100  # smaller cotangents, zero among them, are scaled as if they were this large
+LEAST = 2.0**-100  # smaller cotangents are scaled as if they were this large
 EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent
 
 
@@ -28,7 +28,7 @@ class Border:
 
     def __init__(self, theta: Sequence[nn.Parameter]) -> None:
         self.theta = theta
-        self._common: tuple[int, Tensor | float] = (-1, 1.0)  # a backward pass, and its scale
+        self._pass: tuple[int, Tensor | None] = (-1, None)  # its number; one scale, or by rows
         for parameter in theta:
             parameter.register_hook(self._leave_through_theta)
 
@@ -38,10 +38,10 @@ class Border:
         after = network(before.to(torch.float16)).to(x.dtype)
         if not after.requires_grad:
             return after
-        scale: list[Tensor | float] = [1.0]
+        scale: list[Tensor] = []
 
         def enter(cotangent: Tensor) -> Tensor:
-            scale[0] = self._common_scale(cotangent) if sought(self.theta) else rows(cotangent)
+            scale[:] = [self._scale(cotangent)]
             return cotangent * scale[0]
 
         after.register_hook(enter)
@@ -49,16 +49,21 @@ class Border:
             before.register_hook(lambda product: product / scale[0])
         return after.view_as(after)  # whoever asks for its gradient gets the unscaled one
 
-    def _common_scale(self, cotangent: Tensor) -> Tensor | float:
-        """That of the backward pass now under way."""
+    def _scale(self, cotangent: Tensor) -> Tensor:
         here = torch._C._current_graph_task_id()
-        if self._common[0] != here:
-            self._common = (here, power_of_two(cotangent.abs().amax()))
-        return self._common[1]
+        if self._pass[0] != here:
+            reaches = sought(self.theta)
+            self._pass = (here, power_of_two(cotangent.abs().amax()) if reaches else None)
+        common = self._pass[1]
+        return rows(cotangent) if common is None else common
 
     def _leave_through_theta(self, gradient: Tensor) -> Tensor:
-        came, scale = self._common
-        return gradient / scale if came == torch._C._current_graph_task_id() else gradient
+        came, common = self._pass
+        if came != torch._C._current_graph_task_id():
+            return gradient
+        if common is None:
+            raise RuntimeError("a backward pass reached θ that was taken for one to x only")
+        return gradient / common
 
 
 def rows(cotangent: Tensor) -> Tensor:
@@ -68,11 +73,12 @@ def rows(cotangent: Tensor) -> Tensor:
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """s = 2^n with TARGET <= s·largest < 2·TARGET, elementwise; 0 where `largest` is not finite,
-    which makes it NaN on its way back.
+    """s = 2^n with TARGET <= s·largest < 2·TARGET, elementwise; 1 for zero. What is not finite
+    stays so: infinities get 0, which makes NaN of them, and NaN 1.
     """
     bits = largest.float().clamp(min=LEAST).view(torch.int32) & EXPONENT
-    return (TARGET / bits.view(torch.float32)).to(largest.dtype)  # over 2^⌊log2 largest⌋
+    scale = (TARGET / bits.view(torch.float32)).to(largest.dtype)  # over 2^⌊log2 largest⌋
+    return torch.where(largest > 0, scale, 1.0)
 
 
 def sought(theta: Sequence[nn.Parameter]) -> bool:
