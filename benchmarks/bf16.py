@@ -1,6 +1,6 @@
 """What bf16 weights cost: the error of the residual ε_θ − ε_#, against float32, on tiny-animals.
 
-python benchmarks/bf16.py [--sizes 0.0005 0.005 0.05]
+python benchmarks/bf16.py [--sizes 0.0005 0.005 0.05] [--dtype float16]
 
 The LoRA is moved away from its start by random matrices B of the given size. The figures are over
 eight paths of eight steps, drawn in float32, and without guidance, which would add to the error.
@@ -68,11 +68,11 @@ def relative(error: Tensor, value: Tensor) -> float:
     return float(error.norm() / value.norm())
 
 
-def line(size: float) -> dict[str, Any]:
+def line(size: float, dtype: torch.dtype) -> dict[str, Any]:
     policy = load(torch.float32, size)
     paths = drawn(policy)
     tuned, frozen = predictions(policy, paths)
-    tuned16, frozen16 = predictions(load(torch.bfloat16, size), paths)
+    tuned16, frozen16 = predictions(load(dtype, size), paths)
     residual, residual16 = tuned - frozen, tuned16 - frozen16
     return {
         "size of B": size,
@@ -88,8 +88,9 @@ def line(size: float) -> dict[str, Any]:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--sizes", nargs="+", type=float, default=[0.0005, 0.005, 0.05])
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     arguments = p.parse_args()
-    rows = [line(size) for size in arguments.sizes]
+    rows = [line(size, getattr(torch, arguments.dtype)) for size in arguments.sizes]
     report({"machine": machine(), "rows": rows}, rows, arguments.out)
 
 

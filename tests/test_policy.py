@@ -339,9 +339,8 @@ def test_a_half_precision_model_keeps_lora_and_algebra_in_float32(
     assert policy.dtype == dtype and policy.unet.conv_in.weight.dtype == dtype
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert policy.alphas_cumprod.dtype == torch.float64
-    if dtype == torch.float16:  # a float16 U-Net needs a GPU
+    if dtype == torch.float16:
         assert policy.vae.dtype == torch.float32
-        return
     x, timestep, where = some_inputs(policy)
     eps = policy.eps(x, timestep, where)
     eps.square().sum().backward()

@@ -257,6 +257,22 @@ def test_a_checkpoint_restores_weights_moments_and_position(tmp_path: Path) -> N
     assert same(weights(straight), weights(restarted))
 
 
+def test_a_checkpoint_restores_the_loss_scale_where_there_is_one(tmp_path: Path) -> None:
+    """And one that was written without, on a CPU, is taken up with the scale as it is."""
+    scaled, plain = make_checkpoints(tmp_path / "scaled"), make_checkpoints(tmp_path / "plain")
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaled.save(Position(1, 1, 0.0))
+    plain.save(Position(1, 1, 0.0))
+    for parts, scale in ((scaled, 8.0), (plain, 32.0)):
+        parts.scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
+        assert parts.load_latest().update == 1
+        assert parts.scaler.get_scale() == scale
+    snapshot = scaled.snapshot(Position(1, 1, 0.0))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
+    scaled.restore(snapshot)
+    assert scaled.scaler.get_scale() == 8.0
+
+
 def test_the_newest_checkpoint_is_loaded_and_the_oldest_are_removed(tmp_path: Path) -> None:
     parts, kept = make_checkpoints(tmp_path, limit=2), {}
     for update in (2, 9, 10, 100):

@@ -81,8 +81,8 @@ def overflow(rows: Rows) -> str | None:
     if lost <= len(rows[-YOUNG:]) // 2:
         return None
     return (
-        "most gradients overflow and their updates are skipped: use "
-        "training.mixed_precision=bf16, or lower model.reward_scale"
+        "most gradients overflow inside the float16 model, at any model.reward_scale, and their "
+        "updates are skipped: use training.mixed_precision=bf16"
     )
 
 

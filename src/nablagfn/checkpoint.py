@@ -112,7 +112,8 @@ class CheckpointIO:
         self.modules.load_state_dict(load_file(newest / "objective.safetensors"))
         state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run went without loss scaling, as on a CPU
+            self.scaler.load_state_dict(state["scaler"])
         where = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         self.guard.load_state_dict(where.pop("guard"))
         return Position(**where)

@@ -23,6 +23,7 @@ from ..kernels import eps_from_model_output
 from ..surrogate import wants_gradient
 from ..types import Condition, Metadata
 from .flow import UNetFlow
+from .in_range import Border
 from .locate import locate
 from .shard import shard as shard_over_processes
 
@@ -109,6 +110,7 @@ class StableDiffusionPolicy:
         if ADAPTER in getattr(self.unet, "peft_config", {}):
             self.unet.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
         self._add_lora(lora_rank, seed)
+        self._border = Border(self.parameters()) if self.dtype == torch.float16 else None
         self.together = shard
         if shard:
             shard_over_processes(self.unet, self.vae.device, self.parameters())
@@ -260,7 +262,15 @@ class StableDiffusionPolicy:
 
     def _eps(self, x: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
         unet = self.unet if torch.is_grad_enabled() else self.unet_free or self.unet
-        output = unet(x.to(self.dtype), timestep, embeds, return_dict=False)[0].to(x.dtype)
+
+        def network(x: Tensor) -> Tensor:
+            found: Tensor = unet(x, timestep, embeds, return_dict=False)[0]
+            return found
+
+        if self._border is None:
+            output = network(x.to(self.dtype)).to(x.dtype)
+        else:
+            output = self._border(network, x)
         level = self._levels[timestep].to(x.dtype)
         return eps_from_model_output(
             output, x, level.reshape(-1, *([1] * (x.ndim - 1))), self.prediction_type
