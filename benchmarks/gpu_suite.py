@@ -17,6 +17,7 @@ import argparse
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from suite.rows import RESULTS, Row, append, read, shown
@@ -75,9 +76,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     if missing is not None:
         p.error(f"--skip-done {missing}: there is no such file")
     try:
-        given.steps = select(given.only)
+        steps = select(given.only)
     except ValueError as error:
         p.error(str(error))
+    given.steps = [replace(step, least=step.least / 2) for step in steps] if given.small else steps
     return given
 
 

@@ -28,7 +28,8 @@ def train(setup: Setup) -> dict[str, Any]:
         raise Unavailable(f"no {PACK.relative_to(ROOT)}: tools/tiny_animals/pack.py makes it")
     minutes = min(setup.left - ENDING, SMALL if setup.small else setup.left) / 60
     command = [sys.executable, str(TOOL), "--pack", str(PACK), "--minutes", f"{minutes:.3f}"]
-    command += ["--out", str(setup.out), "--each", "10", "--device", setup.device]
+    command += ["--out", str(setup.out), "--device", setup.device]
+    command += ["--each", "0" if setup.small else "10"]
     command += ["--emphasis", *SOFT, "--weight", "2"]
     if EARLIER.is_file():
         command += ["--resume", str(EARLIER)]
