@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ from nablagfn.cli import main
 from nablagfn.config import ConfigError
 from nablagfn.counting import compilations
 from nablagfn.doctor import Check, examine, machine
+from nablagfn.lookahead import without_theta
 from nablagfn.models import tune
+from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.options import load_config
 from nablagfn.rewards import NamedReward, named, networks_of, offloaded, resolve
+from nablagfn.types import Condition
 from tests.test_speed import draw, make_policy, plain, same_weights, trained
 from tests.tiny_rewards import save_weights
 
@@ -83,6 +89,57 @@ def test_a_user_s_network_is_compiled_whole_and_its_breaks_are_counted(captured:
     tune.compile_modules(networks_of(reward))
     assert torch.equal(scored(reward, "a cat")[0], known[0])
     assert re.match(r"torch.compile: 2 graphs, 1 graph breaks; .", compilations())
+
+
+State = tuple[bool, ...]  # frozen model, without θ, with gradients
+STATES: list[State] = list(product((False, True), repeat=3))
+
+
+def passed(
+    policy: StableDiffusionPolicy, state: State, x: Tensor, where: Condition
+) -> list[Tensor]:
+    """ε, and its gradients for x_k and θ: zeros where nothing arrives."""
+    frozen, without, graph = state
+    x = x.clone().requires_grad_(graph)
+    with ExitStack() as inside:
+        if frozen:
+            inside.enter_context(policy.reference())
+        if without:
+            inside.enter_context(without_theta(policy))
+        inside.enter_context(torch.set_grad_enabled(graph))
+        eps = policy.eps(x, torch.full((len(x),), 7), where)
+        if not graph:
+            return [eps]
+        wanted = [x, *(p for p in policy.parameters() if p.requires_grad)]
+        loss = eps.square().sum()
+        return [eps.detach(), *torch.autograd.grad(loss, wanted, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_graph_is_used_for_another_state(broken: bool, captured: None) -> None:
+    """Each state after each other one; those with gradients also with a break within the model.
+
+    The switches of a model change its parameters' `requires_grad` in place.
+    """
+    policy = make_policy(torch.float32, guidance_scale=1.0)
+    _, chosen = draw(policy, torch.float32)
+    x, where = chosen.paths.x[:, 1], chosen.paths.condition
+    known = {state: passed(policy, state, x, where) for state in STATES}
+    far = known[STATES[0]][0] - known[(True, False, False)][0]
+    assert float(far.abs().max()) > 1e-3
+    if broken:
+        policy.unet.conv_norm_out.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    tune.compile_modules((policy.unet,))
+    pairs = list(product(STATES[1::2] if broken else STATES, repeat=2))
+    random.Random(0).shuffle(pairs)
+    for state in (state for pair in pairs for state in pair):
+        found = passed(policy, state, x, where)
+        assert len(found) == len(known[state]), state
+        for one, two in zip(found, known[state], strict=True):
+            bound = 1e-4 * float(two.abs().max()) + 1e-9
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=bound, msg=str(state))
+    graphs = re.match(r"torch.compile: (\d+) graphs, (\d+) graph breaks", compilations())
+    assert graphs and int(graphs[1]) <= 2 * len(STATES) and (int(graphs[2]) > 0) == broken
 
 
 def test_the_option_compiles_the_reward_and_nothing_else(captured: None) -> None:

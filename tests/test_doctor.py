@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from nablagfn.cli import main
 from nablagfn.config import Config
 from nablagfn.doctor import Check, Finding, Patient, examine, machine, parts
+from nablagfn.doctor.compiled import compiled
+from nablagfn.models import tune
+from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.options import load_config
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import NamedReward
@@ -54,8 +60,6 @@ def test_contradicting_batches_are_a_row_that_names_them() -> None:
 
 def patient(**replaced: object) -> Patient:
     """One with the random pipeline, and what is given in place of its own."""
-    from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-
     found = Patient(Config(), CPU)
     vars(found).update(
         policy=StableDiffusionPolicy(make_pipeline()), prompts=PromptSet(("a cat",)), **replaced
@@ -124,3 +128,82 @@ def test_an_older_package_is_a_failure_and_another_a_warning(
     monkeypatch.setattr(machine, "_version", lambda n: "1.0" if n == "torch" else true(n))
     found = machine.versions(Patient(Config(), CPU))
     assert found.status == "failure" and "torch>=" in found.text
+
+
+# -------------------------------------------------------------------------------- compiled steps
+
+
+def run_of(gm: Any, wrong: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A captured graph, with something wrong about what it gives."""
+
+    def run(*inputs: Any) -> tuple[Any, ...]:
+        return tuple(wrong(t) if isinstance(t, Tensor) else t for t in gm(*inputs))
+
+    return run
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Patient]]:
+    """Gives the demo's patient with `speed.compile` by the backend that is given."""
+
+    def make(backend: Any) -> Patient:
+        torch._dynamo.reset()
+        monkeypatch.setattr(tune, "BACKEND", backend)
+        config = load_config("demo")
+        found = Patient(config, CPU)
+        config.speed.compile = True
+        policy = StableDiffusionPolicy(make_pipeline(), lora_rank=2, guidance_scale=1.0)
+        reward = NamedReward("mean", lambda images, prompts, metadata: images.mean((1, 2, 3)))
+        vars(found).update(
+            policy=tune.tune(policy, config.speed), prompts=PromptSet(("a cat",)), reward=reward
+        )
+        return found
+
+    yield make
+    torch._dynamo.reset()
+
+
+def test_a_right_compiled_step_is_well_and_theta_is_as_it_was(
+    compiler: Callable[[Any], Patient],
+) -> None:
+    someone = compiler("aot_eager")
+    before = {name: value.clone() for name, value in someone.policy.state_dict().items()}
+    found = compiled(someone)
+    assert found.status == "ok" and "bound 0.01" in found.text, found
+    assert all(torch.equal(before[n], v) for n, v in someone.policy.state_dict().items())
+    someone.config.speed.compile = False
+    assert compiled(someone) == Finding("ok", "not used")
+    world = Patient(load_config("worlds/ring"), CPU)
+    world.config.speed.compile = True
+    assert compiled(world).status == "ok" and "world" in compiled(world).text
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "values": lambda t: 1.05 * t,
+    "no gradients": lambda t: t.detach(),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_compiled_step_fails_with_its_fix(
+    what: str, compiler: Callable[[Any], Patient]
+) -> None:
+    someone = compiler(lambda gm, inputs: run_of(gm, WRONG[what]))
+    (row,) = examine(someone.config, CPU, [Check("compiled step", lambda _: compiled(someone))])
+    assert row.finding.status == "failure"
+    assert row.finding.fix == "leave config.speed.compile out"
+    if what == "values":
+        named = ("drawing", "frozen model", "guess without θ", "tuned model")
+        assert all(name in row.finding.text for name in named)
+
+
+def test_a_theta_that_gets_no_gradient_fails_where_it_is_trained(
+    compiler: Callable[[Any], Patient],
+) -> None:
+    """As on torch 2.11, where the pass of θ took the graph of the guess; x_k has its gradient."""
+
+    def forgetting(gm: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *given: gm(*(t.detach() if isinstance(t, nn.Parameter) else t for t in given))
+
+    found = compiled(compiler(forgetting))
+    assert found.status == "failure" and found.text.endswith(": tuned model"), found

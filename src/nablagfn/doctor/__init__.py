@@ -12,6 +12,7 @@ import torch
 from ..backoff import SAVE_MEMORY
 from ..config import Config, ConfigError
 from . import machine, parts
+from .compiled import compiled
 from .records import Check, Finding, Patient, Row
 
 CHECKS = (
@@ -29,6 +30,7 @@ CHECKS = (
     Check("decoder", parts.decoder, needs=("model",)),
     Check("reward's gradient", parts.gradient, needs=("model", "reward", "prompts")),
     Check("flow network", parts.flow, needs=("model", "prompts")),
+    Check("compiled step", compiled, needs=("device", "batches", "prompts", "reward", "model")),
 )
 
 

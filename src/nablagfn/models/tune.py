@@ -14,6 +14,7 @@ from .stable_diffusion import StableDiffusionPolicy
 BACKEND = "inductor"
 GRAPHS: dict[str, Any] = {"mode": "reduce-overhead"}  # of torch.compile, for CUDA graphs
 VARIANTS = 32  # θ on, off or frozen, with and without gradients, batches of several sizes
+UNCHECKED = "skip_tensor_guards_with_matching_dict_tags"  # of torch._dynamo.config
 
 
 def tune(policy: StableDiffusionPolicy, speed: Speed) -> StableDiffusionPolicy:
@@ -52,19 +53,27 @@ def compile_modules(modules: Iterable[nn.Module]) -> None:
     The reverse loss goes back twice through one graph, so compiled backward passes must not give
     their buffers away.
     """
-    _allow_variants()
+    _tell_variants_apart()
     torch._functorch.config.donated_buffer = False
     for module in modules:
         module.compile(backend=BACKEND)
 
 
-def _allow_variants() -> None:
+def _tell_variants_apart() -> None:
+    """A graph is used again only where each parameter is as it was, `requires_grad` included.
+
+    torch up to 2.11 takes a parameter for unchanged while the dict that holds it is
+    (pytorch/pytorch#177158). θ, switched off and on in place by `without_theta` and
+    `Policy.reference`, was then trained with the graph that leaves it out: no gradient, no error.
+    """
     torch._dynamo.config.recompile_limit = VARIANTS
+    if hasattr(torch._dynamo.config, UNCHECKED):
+        setattr(torch._dynamo.config, UNCHECKED, False)
 
 
 def use_cuda_graphs(policy: StableDiffusionPolicy) -> None:
     """Passes of the U-Net without gradient, those of sampling, as CUDA graphs: one per shape."""
-    _allow_variants()
+    _tell_variants_apart()
     policy.unet_free = Replayed(torch.compile(policy.unet.forward, dynamic=False, **GRAPHS))
 
 
