@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -128,6 +129,19 @@ def test_an_older_package_is_a_failure_and_another_a_warning(
     monkeypatch.setattr(machine, "_version", lambda n: "1.0" if n == "torch" else true(n))
     found = machine.versions(Patient(Config(), CPU))
     assert found.status == "failure" and "torch>=" in found.text
+
+
+def test_a_checkout_that_is_not_installed_is_looked_at_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine without internet, where it is only on the path (docs/air_gapped.md)."""
+
+    def missing(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    found = machine.versions(Patient(Config(), CPU))
+    assert found.status == "warning" and "from a checkout" in found.text
 
 
 # -------------------------------------------------------------------------------- compiled steps

@@ -34,26 +34,28 @@ INSTALL = "pip install -c constraints.txt nablagfn"
 
 def versions(patient: Patient) -> Finding:
     """Failure for what is missing or too old, warning for what was not tested together."""
-    missing = []
-    for text in _requirements():
+    missing, needed = [], _requirements()
+    for text in needed or ():
         wanted = Requirement(text)
         if wanted.marker is None and not wanted.specifier.contains(_version(wanted.name)):
             missing.append(f"{wanted} (here: {_version(wanted.name)})")
     if missing:
         return Finding("failure", "needed: " + ", ".join(missing), INSTALL)
     others = [f"{n} {_version(n)} ({v})" for n, v in TESTED.items() if not _same(n, v)]
-    if others:
-        text = "not the tested versions: " + ", ".join(others)
-        return Finding("warning", text, f"if something fails: {INSTALL}")
+    notes = ["not the tested versions: " + ", ".join(others)] if others else []
+    if needed is None:
+        notes.append("nablagfn runs from a checkout: what it needs at least was not checked")
+    if notes:
+        return Finding("warning", "; ".join(notes), f"if something fails: {INSTALL}")
     return Finding("ok", f"torch {_version('torch')}, and all as tested")
 
 
-def _requirements() -> list[str]:
-    """What nablagfn needs; nothing is known of a checkout that is not installed."""
+def _requirements() -> list[str] | None:
+    """What nablagfn needs; None for a checkout that is not installed."""
     try:
         return importlib.metadata.requires("nablagfn") or []
     except importlib.metadata.PackageNotFoundError:
-        return []
+        return None
 
 
 def _version(name: str) -> str:
