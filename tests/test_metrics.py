@@ -190,9 +190,11 @@ def test_resampling_does_not_shift(name: str) -> None:
     centre = 2 * normal(12, 30, 7).repeat_interleave(4, 0)
     y = centre + normal(48, 30, 8)
     x = y + normal(12, 30, 9).repeat_interleave(4, 0)  # each prompt has moved its own way
+    x = x + 0.1 * normal(48, 30, 10)  # and each picture a little, or drift would have no deviation
     counts = intervals.resampled_counts(groups, 400, rng.generator(0, "bootstrap"))
     value = float(FIGURES[name](x, y, groups))
     resampled = FIGURES[name](x, y, groups, counts)
+    assert 1e-6 * abs(value) < float(resampled.std())
     assert abs(float(resampled.mean()) - value) < 0.25 * float(resampled.std())
 
 
