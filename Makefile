@@ -56,7 +56,7 @@ gpu-rehearsal: $(READY)  ## the same on a CPU, small (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_suite.py --device cpu --small --budget 240 --out out/rehearsal
 
 wheels: $(READY)  ## what a CUDA 13 node without internet lacks: .whl (docs/air_gapped.md)
-	$(BIN)/python tools/collect_wheels.py --have tools/nodes/cuda13.txt --out .whl
+	$(BIN)/python tools/collect_wheels.py --have tools/nodes/cuda13.txt --out .whl --limit 27
 
 PACKAGES = import sys; sys.path[:0] = ["tools/tiny_animals"]; import data; print(*map("@".join, data.PACKAGES))
 

@@ -19,27 +19,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite.page import page
-from suite.rows import RESULTS, read
+from suite.page import TUNED, WHOLE, page
+from suite.rows import ANIMALS, PICTURE, RESULTS, append, read
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "gpu"
 PREDICTED = "predicted.json"
-UPDATES = ("updates", "switches", "compiled")  # steps whose rows say their options
 
 
 def add(source: Path, target: Path) -> None:
-    """Copy what is new, and predict for every row that was measured."""
+    """Copy what is new, and predict for every row that was measured.
+
+    Raises ValueError, before anything is written, when there is nothing to add or when it is of
+    another card or of other settings than what lies there.
+    """
+    fresh = read(source / RESULTS) if (source / RESULTS).is_file() else []
+    if not fresh:
+        raise ValueError(f"{source} has no rows in {RESULTS}: give the --out of gpu_suite.py")
+    known = read(target / RESULTS) if (target / RESULTS).is_file() else []
+    kinds = {(row.on, row.small) for row in (*known, *fresh)}
+    if len(kinds) > 1:
+        text = " and ".join(f"{on}{', small' * small}" for on, small in sorted(kinds))
+        raise ValueError(f"{target.name} would mix {text}: give another NAME")
     target.mkdir(parents=True, exist_ok=True)
-    known = (target / RESULTS).read_text("utf-8") if (target / RESULTS).is_file() else ""
-    fresh = (source / RESULTS).read_text("utf-8")
-    if not known.endswith(fresh):
-        (target / RESULTS).write_text(known + fresh, encoding="utf-8")
-    for picture in source.glob("*.png"):
-        shutil.copy(picture, target / picture.name)
+    for row in (row for row in fresh if row not in known):
+        append(target, row)
+    for picture in (PICTURE, ANIMALS):
+        if (source / picture).is_file():
+            shutil.copy(source / picture, target / picture)
     found = {}
     for row in read(target / RESULTS):
-        if row.step in UPDATES and row.status == "done" and not row.small:
+        if row.step in (*WHOLE, *TUNED) and row.status == "done" and not row.small:
             print(f"predicting {row.step}, {row.case}", flush=True)
             found["/".join(row.key)] = predicted(row.figures)
     (target / PREDICTED).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -83,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adding.add_argument("name", help="of the folder in docs/gpu, for example 2026-12-h100")
     given = p.parse_args(arguments)
     if given.action == "add":
-        if not (given.folder / RESULTS).is_file():
-            p.error(f"{given.folder} has no {RESULTS}: give the --out of gpu_suite.py")
-        add(given.folder, FOLDER / given.name)
+        try:
+            add(given.folder, FOLDER / given.name)
+        except ValueError as error:
+            p.error(str(error))
     text, target = render(), FOLDER / "README.md"
     if not given.check:
         FOLDER.mkdir(parents=True, exist_ok=True)

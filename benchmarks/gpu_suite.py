@@ -7,20 +7,23 @@
 
 An ordered list of steps, the most important first, each a process with a time limit of its own.
 Every case is written to DIR/results.jsonl when it is known: a run that is cut off has lost the case
-that it was at. What fails is recorded with its traceback, and the next begins. DIR holds at most 8
-files of 16 MiB. `python benchmarks/gpu_report.py` makes docs/gpu/README.md of the results.
+that it was at. What fails is recorded with its traceback, and the next begins. The suite writes at
+most six files of 16 MiB to DIR, and touches no other there. `python benchmarks/gpu_report.py` makes
+docs/gpu/README.md of the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from suite.rows import RESULTS, Row, append, read, shown
+from suite.rows import LOG, RESULTS, Row, append, read, shown
 from suite.runner import ROOT, Suite, child_command, temporary
 from suite.steps import STEPS, Step, select
 
@@ -37,15 +40,18 @@ def commit() -> str:
 
 
 def card(device: str) -> str:
-    """The GPU's name by the driver's own tool, so that this process needs no torch."""
+    """The GPU's name, by the driver's own tool: this process needs no torch."""
     if device != "cuda":
         return device
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        sys.exit("gpu_suite: no NVIDIA GPU here (nvidia-smi); --device cpu --small rehearses")
-    return found.stdout.splitlines()[0].strip()
+    ask = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    for tool in (command, ask):  # the second where the driver's tool is not at hand
+        try:
+            found = subprocess.run(tool, capture_output=True, text=True, check=True)
+            return found.stdout.splitlines()[0].strip()
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            continue
+    sys.exit("gpu_suite: no NVIDIA GPU here; --device cpu --small rehearses")
 
 
 def listed(steps: list[Step]) -> str:
@@ -65,13 +71,18 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--small", action="store_true", help="tiny-animals in place of SD1.5; less of all"
     )
-    p.add_argument("--only", nargs="+", default=[], metavar="STEP[:CASE]")
-    p.add_argument("--skip-done", type=Path, nargs="+", default=[], metavar="FILE")
+    some: dict[str, Any] = {"nargs": "+", "default": [], "action": "extend"}
+    p.add_argument("--only", metavar="STEP[:CASE]", **some)
+    p.add_argument("--skip-done", type=Path, metavar="FILE", **some)
     p.add_argument("--commit", default=commit(), help="of this checkout, where git is not at hand")
     p.add_argument("--list", action="store_true")
     given = p.parse_args(arguments)
     if given.out is None and not given.list:
         p.error("--out DIR is needed")
+    if not 0 < given.budget < float("inf"):
+        p.error(f"--budget {given.budget}: give seconds, more than 0")
+    if given.out is not None and given.out.exists() and not given.out.is_dir():
+        p.error(f"--out {given.out}: that is a file, give a folder")
     missing = next((file for file in given.skip_done if not file.is_file()), None)
     if missing is not None:
         p.error(f"--skip-done {missing}: there is no such file")
@@ -89,7 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(listed(given.steps))
         return
     out = given.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / LOG).touch()
+    except OSError as error:
+        sys.exit(f"gpu_suite: --out {given.out} cannot be written to ({error.strerror})")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as by Ctrl-C: what it started ends, too
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     on = card(given.device)
     done = set()
     for file in given.skip_done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +40,16 @@ import json, os, sys, time
 from pathlib import Path
 from suite.rows import Row, append
 name, cases, work, out = json.loads(sys.argv[1])
+if (Path(out) / "broken").exists():
+    raise ImportError
 for case in cases:
     since = {"case": case, "since": time.time()}
     (Path(work) / "running.json").write_text(json.dumps(since), encoding="utf-8")
     print("at", case, flush=True)
+    if case.startswith("note"):
+        since["figures"] = {"so far": 2}
+        (Path(work) / "running.json").write_text(json.dumps(since), encoding="utf-8")
+        time.sleep(600)
     if case.startswith("hang"):
         time.sleep(600)
     if case.startswith("crash"):
@@ -120,6 +128,37 @@ def test_the_budget_is_kept(suite: Callable[..., Any]) -> None:
     assert found["late", "fine"].status == "skipped" and "budget" in found["late", "fine"].error
 
 
+def test_a_case_that_is_cut_off_leaves_what_it_had_found(suite: Callable[..., Any]) -> None:
+    built = suite()
+    built.run(made_up(("slow", "", ("note then hang",)), limit=3))
+    (row,) = built.rows()
+    assert row.status == "timeout" and row.figures == {"so far": 2}
+
+
+def test_a_step_that_cannot_begin_fails_once(suite: Callable[..., Any], tmp_path: Path) -> None:
+    """And not once for each of its cases."""
+    built = suite()
+    (built.out / "broken").touch()
+    assert built.run(made_up(("one", "", ("a", "b", "c")))) == {"failed": 3}
+    assert (built.out / "suite.log").read_text("utf-8").count("===== one") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_suite_that_is_ended_leaves_nothing_running(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--small"]
+    command += ["--out", str(tmp_path), "--only", "tests:core"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    watched = psutil.Process(parent.pid)
+    until = time.monotonic() + 60
+    while len(found := watched.children(recursive=True)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(found) >= 2  # the step and its pytest
+    parent.send_signal(number)
+    assert parent.wait(timeout=20) != 0
+    gone, alive = psutil.wait_procs(found, timeout=10)
+    assert not alive and len(gone) == len(found)
+
+
 def test_what_was_shown_is_not_run_again(suite: Callable[..., Any], tmp_path: Path) -> None:
     """On the same card and with the same settings; a line that was cut off is not a result."""
     rows = module("rows")
@@ -140,25 +179,46 @@ def test_what_was_shown_is_not_run_again(suite: Callable[..., Any], tmp_path: Pa
     assert [row.case for row in built.rows()] == ["b", "c", "d"]
 
 
-def test_no_more_than_can_be_carried(tmp_path: Path) -> None:
+def test_a_row_after_a_line_that_was_cut_off_is_whole(tmp_path: Path) -> None:
+    rows = module("rows")
+    (tmp_path / rows.RESULTS).write_text('{"step": "first", "ca', encoding="utf-8")
+    row = rows.Row("first", "a", "done", 1.0, "made-up", True, {"x": 1.5})
+    rows.append(tmp_path, row)
+    (found,) = rows.read(tmp_path / rows.RESULTS)
+    assert found.key == ("first", "a") and found.figures == {"x": 1.5}
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", "[1]\n", '{"step": [1], "case": "a"}\n', "\0\n"])
+def test_a_file_of_something_else_has_no_rows(text: str, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(text.encode() + b"\xff\xfe")
+    assert module("rows").read(tmp_path / "other") == []
+
+
+def test_the_log_is_cut_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    """Least of all what is not the suite's."""
     rows = module("rows")
     (tmp_path / rows.LOG).write_bytes(b"x" * 9 * 2**20 + b"the end")
-    (tmp_path / "huge.bin").write_bytes(b"x" * (rows.MOST_BYTES + 1))
-    for i in range(rows.MOST_FILES):
-        (tmp_path / f"{i}.txt").write_text("a")
-    said = rows.keep_within_limits(tmp_path)
-    left = list(tmp_path.iterdir())
-    assert len(left) <= rows.MOST_FILES and (tmp_path / "huge.bin") not in left
-    assert any("huge.bin" in text for text in said)
-    log = tmp_path / rows.LOG
-    assert not log.is_file() or log.read_bytes().endswith(b"the end")
+    for name in (*rows.MADE[2:], "thesis.pdf", "results.old"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / rows.RESULTS).write_text("x", encoding="utf-8")
+    (tmp_path / rows.WEIGHTS).write_bytes(b"x" * (rows.MOST_BYTES + 1))
+    before = {path.name for path in tmp_path.iterdir()}
+    (said,) = rows.keep_within_limits(tmp_path)
+    assert rows.WEIGHTS in said
+    assert {path.name for path in tmp_path.iterdir()} == before
+    log = (tmp_path / rows.LOG).read_bytes()
+    assert len(log) < rows.MOST_BYTES and log.endswith(b"the end")
+    assert len(rows.MADE) <= 8  # what a lender of machines carries back
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--out", "x", "--only", "nothing"], "there is no such step"),
-        (["--out", "x", "--only", "updates:slow"], "fast, no_flow, default"),
+        (["--out", "x", "--only", "updates:slow"], "fast, no_flow, hpsv2"),
+        (["--out", "x", "--budget", "0"], "give seconds"),
+        (["--out", "x", "--budget", "nan"], "give seconds"),
+        (["--out", __file__], "that is a file"),
         (["--budget", "10"], "--out DIR is needed"),
         (["--out", "x", "--skip-done", "gone.jsonl"], "there is no such file"),
     ],
@@ -225,6 +285,61 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert update["paths"] == 4 and update["evals"] > 0 and update["seconds"] > 0
     text = module("page").page([("rehearsal", rows, {})])
     assert "| fast | 4 |" in text and "A rehearsal" in text
+
+
+def rows_of(*rows: tuple[str, str, bool, float]) -> list[Any]:
+    """(status, card, small, seconds of drawing) of updates:fast, a minute apart."""
+    shape = {"paths": 4, "learn": 1.0, "step": 0.0, "peak_draw": 1, "peak_learn": 2}
+    return [
+        module("rows").Row(
+            "updates",
+            "fast",
+            status,
+            1.0,
+            on,
+            small,
+            {**shape, "draw": draw, "seconds": 1 + draw, "trajectories/s": 4 / (1 + draw)},
+            at=f"2026-01-01T00:{minute:02}:00Z",
+        )
+        for minute, (status, on, small, draw) in enumerate(rows)
+    ]
+
+
+def test_figures_are_not_replaced_by_a_later_failure() -> None:
+    """Nor by an earlier result that is added later."""
+    rows = rows_of(
+        ("done", "card", False, 7.0), ("done", "card", False, 8.0), ("timeout", "card", False, 0.0)
+    )
+    for order in (rows, rows[::-1]):
+        (kept,) = module("page").newest(order)
+        assert kept.figures["draw"] == 8.0
+    assert "| fast | 4 | 8.00 |" in module("page").page([("name", rows, {})])
+
+
+def test_results_are_kept_once_and_kinds_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, report = module("rows"), importlib.import_module("gpu_report")
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "docs")
+    monkeypatch.setattr(report, "predicted", lambda figures: {"peak": 5e9, "flops": 9e12})
+    for name, row in (
+        ("big", ("done", "card", False, 7.0)),
+        ("small", ("done", "cpu", True, 99.0)),
+    ):
+        (tmp_path / name).mkdir()
+        rows.append(tmp_path / name, rows_of(row)[0])
+    for _ in range(2):
+        report.main(["add", str(tmp_path / "big"), "card"])
+    kept = rows.read(tmp_path / "docs" / "card" / rows.RESULTS)
+    assert [row.figures["draw"] for row in kept] == [7.0]
+    text = (tmp_path / "docs" / "README.md").read_text("utf-8")
+    assert "| fast | 4 | 7.00 |" in text and "| 5.00 | 9 |" in text
+    (tmp_path / "empty").mkdir()
+    for name, said in (("small", "would mix"), ("empty", "has no rows")):
+        with pytest.raises(SystemExit):
+            report.main(["add", str(tmp_path / name), "card"])
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in sorted((tmp_path / "docs").iterdir())] == ["README.md", "card"]
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -120,6 +120,66 @@ def test_pip_freeze_is_read(tool: ModuleType, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "version"),
+    [
+        ("-e git+https://somewhere/x.git@abc#egg=my_pkg", "my-pkg", None),
+        ("torch==2.11.0 --hash=sha256:00", "torch", "2.11.0"),
+        ("torch==2.11.0 ; python_version > '3'", "torch", "2.11.0"),
+        ("Zope.Interface===7.0", "zope-interface", "7.0"),
+        ("torch[opt]==2.11.0  # a remark", "torch", "2.11.0"),
+        ("\ufefftorch==2.11.0", "torch", "2.11.0"),
+    ],
+)
+def test_odd_lines(
+    line: str, name: str, version: str | None, tool: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "node.txt").write_text(line, encoding="utf-8")
+    found = tool.read_have(tmp_path / "node.txt")
+    assert found == {name: Version(version) if version else None}
+
+
+@pytest.mark.parametrize("line", ["torch    2.11.0", "torch>=2", "Package Version", "------ ---"])
+def test_a_line_that_says_nothing_is_named(line: str, tool: ModuleType, tmp_path: Path) -> None:
+    """Or torch would be gathered once more, silently."""
+    (tmp_path / "node.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(tool.CollectError, match=re.escape(repr(line))):
+        tool.read_have(tmp_path / "node.txt")
+
+
+def test_a_file_of_other_letters(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "node.txt").write_text("torch==2.11.0", encoding="utf-16")
+    with pytest.raises(tool.CollectError, match="cannot be read"):
+        tool.read_have(tmp_path / "node.txt")
+
+
+def test_packages_within_a_wheel_are_not_its_own(tool: ModuleType, tmp_path: Path) -> None:
+    """setuptools carries a dozen."""
+    wheel = tmp_path / "setuptools-80.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("setuptools-80.0.dist-info/METADATA", "Requires-Dist: packaging\n\n")
+        archive.writestr("setuptools/_vendor/wheel-1.dist-info/METADATA", "Requires-Dist: no\n\n")
+    assert tool.needs(wheel) == ["packaging"]
+
+
+def test_wheels_of_another_time_are_refused(
+    tool: ModuleType, index: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole folder is what gets installed."""
+    monkeypatch.setattr(tool.importlib.metadata, "requires", lambda name: ["delta"])
+    (tmp_path / "delta-3.0-py3-none-any.whl").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        tool.main(["--out", str(tmp_path), "--extras"])
+    assert "also holds delta-3.0-py3-none-any.whl" in str(end.value)
+
+
+@pytest.mark.parametrize("python", ["3", "abc", "3.9", "312"])
+def test_a_python_that_is_none(python: str, tool: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        tool.main(["--out", str(tmp_path / "new"), "--python", python])
+    assert end.value.code == 2 and not (tmp_path / "new").exists()
+
+
 def test_the_platform_s_names(tool: ModuleType) -> None:
     """pip compares them letter by letter: every older one is named, no newer one."""
     text = " ".join(tool.Node("3.12", "aarch64", 28, {}).tags())

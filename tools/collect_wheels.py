@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
 import subprocess
 import sys
 import zipfile
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
@@ -148,25 +149,50 @@ def wheel_of(folder: Path, name: str) -> Path:
 def needs(wheel: Path) -> list[str]:
     """Requires-Dist of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
+        if len(names) != 1:  # those further down are of packages that a wheel carries within
+            raise CollectError(f"{wheel.name} has no metadata of its own: it is damaged")
+        (name,) = names
         header = HeaderParser().parsestr(archive.read(name).decode("utf-8"))
     return header.get_all("Requires-Dist", [])
 
 
 def lines_of(file: Path) -> list[str]:
     """Without comments and blank lines."""
-    rows = (line.partition("#")[0].strip() for line in file.read_text("utf-8").splitlines())
+    lines = file.read_text("utf-8-sig").splitlines()
+    rows = (re.sub(r"(^|\s)#(?!egg=).*", "", line).strip() for line in lines)
     return [row for row in rows if row]
 
 
 def read_have(file: Path) -> dict[str, Version | None]:
-    """`NAME`, `NAME==VERSION` or, from pip freeze, `NAME @ somewhere` a line, by canonical name."""
+    """What `pip freeze` prints, or bare names, by canonical name. Raises CollectError."""
     found: dict[str, Version | None] = {}
-    for row in lines_of(file):
-        name, _, version = row.partition("==")
-        name = name.partition("@")[0].strip()
-        found[canonicalize_name(name)] = Version(version.split("+")[0]) if version else None
+    try:
+        rows = lines_of(file)
+    except (OSError, UnicodeError) as error:
+        raise CollectError(
+            f"--have {file} cannot be read ({error}): save pip freeze as UTF-8"
+        ) from None
+    for row in rows:
+        name, version = _held(row, file)
+        found[canonicalize_name(name)] = version
     return found
+
+
+def _held(row: str, file: Path) -> tuple[str, Version | None]:
+    """The package of one line, and its version where the line says it; local parts (+cu130) go."""
+    egg = re.search(r"#egg=([\w.-]+)", row)
+    if egg is not None:  # installed for editing
+        return egg[1], None
+    text = row.partition(" --hash")[0].removesuffix("\\").strip()
+    try:
+        wanted = Requirement(text)
+    except InvalidRequirement:
+        raise CollectError(f"--have {file}: {row!r} is no line of `pip freeze`") from None
+    versions = [s.version for s in wanted.specifier if s.operator in ("==", "===")]
+    if len(versions) != len(wanted.specifier):
+        raise CollectError(f"--have {file}: {row!r} does not say which version is there: use ==")
+    return wanted.name, Version(versions[0].split("+")[0]) if versions else None
 
 
 def read_pins(file: Path, node: Node) -> dict[str, str]:
@@ -174,6 +200,25 @@ def read_pins(file: Path, node: Node) -> dict[str, str]:
     rows = [Requirement(row) for row in lines_of(file)]
     chosen = [r for r in rows if node.wants(r, ())]
     return {canonicalize_name(r.name): f"{r.name}{r.specifier}" for r in chosen}
+
+
+def gather(given: argparse.Namespace) -> Collection:
+    """All that is needed, in `given.out`. Raises CollectError."""
+    have = read_have(given.have) if given.have else {}
+    node = Node(given.python, given.platform, given.glibc, have)
+    try:
+        own = [Requirement(text) for text in importlib.metadata.requires(PROJECT) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        raise CollectError(f"{PROJECT} is not installed here: run `make setup` first") from None
+    given.out.mkdir(parents=True, exist_ok=True)
+    found = Collection(node, given.out, read_pins(ROOT / "constraints.txt", node))
+    found.close(own, given.extras)
+    others = sorted(
+        {p.name for p in given.out.glob("*.whl")} - {p.name for p in found.wheels.values()}
+    )
+    if others:
+        raise CollectError(f"{given.out} also holds {', '.join(others)}: empty it and start again")
+    return found
 
 
 def size(paths: Iterable[Path]) -> float:
@@ -193,13 +238,10 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--extras", nargs="*", default=["lion"], help="extras of nablagfn")
     p.add_argument("--limit", type=float, default=0, help="refuse more than this many MiB; 0: not")
     given = p.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-    have = read_have(given.have) if given.have else {}
-    node = Node(given.python, given.platform, given.glibc, have)
-    own = [Requirement(text) for text in importlib.metadata.requires(PROJECT) or ()]
-    found = Collection(node, given.out, read_pins(ROOT / "constraints.txt", node))
+    if not re.fullmatch(r"3\.1\d", given.python):
+        p.error(f"--python {given.python}: give 3.10 or a later one as MAJOR.MINOR")
     try:
-        found.close(own, given.extras)
+        found = gather(given)
     except CollectError as error:
         sys.exit(f"collect_wheels: {error}")
     for wheel in sorted(found.wheels.values()):

@@ -8,34 +8,46 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
-from .child import Failed, Setup
+from .child import Case, Failed, Setup
+from .rows import TESTS
 from .runner import ROOT
 
-FILE = "tests.jsonl"
-QUICK = "not whole_runs and not precision and not 16"  # for a rehearsal
+FILES = {  # which tests, in how many processes, for how many seconds at most
+    "core": (("records", "precision", "waiting", "memory", "switches"), 4, 100.0),
+    "whole_runs": (("whole_runs",), 3, 90.0),
+    "compiled": (("compiled",), 2, 150.0),
+}
+QUICK = "not precision and not 16"  # for a rehearsal
 
 
-def run(setup: Setup) -> dict[str, Any]:
+def run(setup: Setup, *, name: str) -> dict[str, Any]:
     """Counts, failures with their tracebacks and skips with their reasons.
 
     Raises Failed when one failed, or when the time ran out.
     """
-    file = setup.work / FILE
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
-    command += ["-p", "suite.outcomes", "-p", "no:cacheprovider"]
+    files, processes, seconds = FILES[name]
+    if setup.small and name == "whole_runs":
+        files = ()  # a minute on a CPU, whose own tests have the same
+    file = setup.out / TESTS
+    before = len(read(file))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-p", "suite.outcomes", *(f"tests/gpu/test_{part}.py" for part in files)]
     if setup.small:
         command += ["-k", QUICK]
     elif importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "4", "--dist", "loadfile"]
+        command += ["-n", str(processes)]
     env = {**os.environ, "NABLAGFN_OUTCOMES": str(file), "NABLAGFN_GPU": setup.device}
-    try:
-        done = subprocess.run(command, env=env, cwd=ROOT, timeout=setup.left - 3, check=False)
-        code: int | None = done.returncode
-    except subprocess.TimeoutExpired:
-        code = None
-    figures = counted(file.read_text("utf-8").splitlines() if file.is_file() else [])
+    code: int | None = 0
+    if files:
+        try:
+            limit = min(seconds, setup.left - 3)
+            code = subprocess.run(command, env=env, cwd=ROOT, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    figures = counted(read(file)[before:])
     if code is None:
         raise Failed(f"the time was over after {sum(figures['counts'].values())} tests", figures)
     if code:
@@ -44,9 +56,13 @@ def run(setup: Setup) -> dict[str, Any]:
     return figures
 
 
-def counted(lines: list[str]) -> dict[str, Any]:
+def read(file: Any) -> list[dict[str, Any]]:
     """What suite/outcomes.py wrote."""
-    rows = [json.loads(line) for line in lines]
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "counts": dict(Counter(row["outcome"] for row in rows)),
         "failures": {row["test"]: row["text"] for row in rows if row["outcome"] == "failed"},
@@ -55,4 +71,4 @@ def counted(lines: list[str]) -> dict[str, Any]:
     }
 
 
-CASES = {"pytest": run}
+CASES: dict[str, Case] = {name: partial(run, name=name) for name in FILES}

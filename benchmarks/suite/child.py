@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .rows import Row, Status, Unavailable, append
+from .runner import RUNNING
 
 Figures = Mapping[str, Any]
 Case = Callable[["Setup"], Figures]
@@ -31,11 +33,25 @@ class Setup:
     out: Path
     work: Path
     deadline: float
+    running: dict[str, Any] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.deadline - time.monotonic()
+
+    def begin(self, case: str) -> None:
+        """From now on this case is at work."""
+        self.running.clear()
+        self.running.update(case=case, since=time.time())
+        self.note({})
+
+    def note(self, figures: Figures) -> None:
+        """What the case has found so far: recorded if it is cut off."""
+        text = json.dumps({**self.running, "figures": figures})
+        partial = self.work / f"{RUNNING}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.work / RUNNING)
 
 
 def main(job: Mapping[str, Any]) -> None:
@@ -49,8 +65,7 @@ def main(job: Mapping[str, Any]) -> None:
     )
     cases: Mapping[str, Case] = importlib.import_module(f"suite.{job['module']}").CASES
     for name in job["cases"]:
-        since = {"case": name, "since": time.time()}
-        (setup.work / "running.json").write_text(json.dumps(since), encoding="utf-8")
+        setup.begin(name)
         started = time.monotonic()
         status, figures, error = attempt(cases[name], setup)
         seconds = round(time.monotonic() - started, 2)

@@ -13,9 +13,9 @@ from nablagfn.options import load_config
 from nablagfn.runfolder import RunFolder
 
 from .child import Setup
+from .rows import PICTURE
 from .subject import peak
 
-PICTURE = "demo.png"
 LESS = {  # for a rehearsal
     "training.num_epochs": 1,
     "sampling.num_steps": 5,

@@ -23,11 +23,12 @@ from .subject import ORIGINAL, Stopwatch, paths, peak, reset, trainer_of
 
 SIDES = (256, 512, 768, 1024)  # pixels
 REPEATS = 3
+SPARE = 15.0  # seconds that one resolution may take
 
 
 def timed(device: torch.device, run: Callable[[], Tensor]) -> dict[str, Any]:
     """Median seconds of `run` and its peak above what was there; the first call is not counted."""
-    run()
+    finite = bool(run().isfinite().all())
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     reset(device)
     watch, seconds = Stopwatch(device), []
@@ -37,7 +38,7 @@ def timed(device: torch.device, run: Callable[[], Tensor]) -> dict[str, Any]:
     return {
         "seconds": statistics.median(seconds),
         "peak above": peak(device) - held,
-        "finite": bool(run().isfinite().all()),
+        "finite": finite,
     }
 
 
@@ -54,6 +55,18 @@ def resolution(trainer: Trainer, latent: int, rows: int) -> dict[str, Any]:
     return {"decode": decoded, "guess": guessed}
 
 
+def cell(setup: Setup, trainer: Trainer, latent: int, count: int) -> dict[str, Any]:
+    """`resolution`, or why there is none."""
+    if setup.left < SPARE:
+        return {"error": "no time left"}
+    try:
+        return resolution(trainer, latent, count)
+    except RuntimeError as error:  # cuDNN and cuBLAS have words of their own for a full memory
+        text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+    free()  # outside of `except`, whose traceback keeps tensors alive
+    return {"error": text.splitlines()[0]}
+
+
 def table(setup: Setup, *, name: str) -> dict[str, Any]:
     """One row a resolution; a resolution that does not fit says so, and the next is tried."""
     trainer = trainer_of(setup, paths(1), name)
@@ -64,13 +77,8 @@ def table(setup: Setup, *, name: str) -> dict[str, Any]:
     rows = []
     for side, latent in sizes.items():
         for count in (1, 4):
-            row: dict[str, Any] = {"pixels": side, "pictures": count}
-            try:
-                row |= resolution(trainer, latent, count)
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-                free()
-            rows.append(row)
+            rows.append({"pixels": side, "pictures": count, **cell(setup, trainer, latent, count)})
+            setup.note({"reward": name, "rows": rows})
     return {"reward": name, "rows": rows}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from nablagfn.doctor import examine
 from nablagfn.options import load_config
 from nablagfn.runfolder import versions
 
-from .child import Failed, Setup
+from .child import Case, Failed, Setup, Unavailable
 
 
 def rates(setup: Setup) -> dict[str, Any]:
@@ -80,11 +81,20 @@ def capabilities(device: str) -> dict[str, Any]:
     }
 
 
-def doctor(setup: Setup) -> dict[str, Any]:
-    """Every row of `nablagfn doctor --config=demo`. Raises Failed when one of them is a failure."""
+def doctor(setup: Setup, *, compiled: bool = False) -> dict[str, Any]:
+    """Every row of `nablagfn doctor --config=demo`, with everything compiled on request.
+
+    Raises Failed when one of them is a failure, and Unavailable for compiling without a GPU.
+    """
+    config = load_config("demo")
+    if compiled and setup.device != "cuda":
+        raise Unavailable("compiling takes minutes on a CPU")
+    if compiled:
+        for switch in ("compile", "compile_reward", "cuda_graphs"):
+            setattr(config.speed, switch, True)
     rows = [
         {"check": row.name, **vars(row.finding)}
-        for row in examine(load_config("demo"), torch.device(setup.device))
+        for row in examine(config, torch.device(setup.device))
     ]
     broken = [f"{row['check']}: {row['text']}" for row in rows if row["status"] == "failure"]
     if broken:
@@ -92,4 +102,8 @@ def doctor(setup: Setup) -> dict[str, Any]:
     return {"rows": rows}
 
 
-CASES = {"rates": rates, "doctor": doctor}
+CASES: dict[str, Case] = {
+    "rates": rates,
+    "doctor": doctor,
+    "doctor-compiled": partial(doctor, compiled=True),
+}

@@ -8,8 +8,8 @@ of its own, four transitions at a time; the numbers are the same up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,13 +45,13 @@ class Unmerged(ResidualDB):
 
 
 @contextmanager
-def unmerged(trainer: Trainer) -> Iterator[None]:
-    """Inside it the trainer's objective makes the published code's passes."""
+def learning_as(kind: Kind, trainer: Trainer) -> Iterator[None]:
+    """Inside it the trainer's objective makes the passes of that kind."""
     objective: Any = trainer.objective
     own: ResidualDB = objective.estimator
-    objective.estimator = Unmerged(
+    objective.estimator = (ResidualDB if kind.merged else Unmerged)(
         own.policy,
-        own.log_reward,
+        replace(own.log_reward, piece=kind.slice),
         own.mode,
         own.flow,
         reverse_scale=own.reverse_scale,
@@ -65,17 +65,20 @@ def unmerged(trainer: Trainer) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to learn from the same transitions, `rows` at a time."""
+    """A way to learn from the same transitions, `rows` at a time, `slice` pictures decoded at a
+    time (0: all).
+    """
 
     name: str
     rows: int
     merged: bool
+    slice: int = 0
 
 
 KINDS = (
     Kind("published", 4, merged=False),
     Kind("ours", 4, merged=True),
-    Kind("ours, micro_batch=24", 24, merged=True),
+    Kind("ours, micro_batch=16, vae_slice=4", 16, merged=True, slice=4),
 )
 
 
@@ -92,7 +95,7 @@ class Learned:
 def learn(trainer: Trainer, chosen: Selection, kind: Kind) -> Learned:
     """The update's gradients, without the optimizer's step."""
     device = trainer.policy.device
-    with nullcontext() if kind.merged else unmerged(trainer):
+    with learning_as(kind, trainer):
         reset(device)
         watch = Stopwatch(device)
         found = trainer.updater.accumulate(chosen, kind.rows)
@@ -103,7 +106,8 @@ def learn(trainer: Trainer, chosen: Selection, kind: Kind) -> Learned:
 
 
 def turns(setup: Setup) -> dict[str, Any]:
-    """Every kind once a turn, on the same transitions; the first turn is not counted."""
+    """Every kind once a turn, on the same transitions, while there is time; the first turn is not
+    counted."""
     trainer = trainer_of(setup, paths(4))
     warm_up(trainer)
     watch = Stopwatch(trainer.policy.device)
@@ -111,14 +115,21 @@ def turns(setup: Setup) -> dict[str, Any]:
     draw = watch.lap()
     (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
     runs: dict[str, list[Learned]] = {kind.name: [] for kind in KINDS}
-    for _ in range(2 if setup.small else 1 + TURNS):
+    about = {"draw": draw, "paths": len(drawn.condition), "transitions": len(chosen.row)}
+    for turn in range(2 if setup.small else 1 + TURNS):
+        last = sum(found[-1].seconds for found in runs.values() if found)
+        if turn > 1 and setup.left < 1.5 * last:
+            break
         for kind in KINDS:
             runs[kind.name].append(learn(trainer, chosen, kind))
+        setup.note({**about, **compared(runs, draw)})
+    return {**about, **compared(runs, draw)}
+
+
+def compared(runs: Mapping[str, Sequence[Learned]], draw: float) -> dict[str, Any]:
+    """All turns, and the ratios of those after the first."""
     seconds = {name: [found.seconds for found in rows[1:]] for name, rows in runs.items()}
     return {
-        "draw": draw,
-        "paths": len(drawn.condition),
-        "transitions": len(chosen.row),
         "runs": {name: [vars(found) for found in rows] for name, rows in runs.items()},
         "learning, published / ours": ratios(seconds, 0.0),
         "update, published / ours": ratios(seconds, draw),

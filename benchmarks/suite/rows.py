@@ -12,7 +12,10 @@ from typing import Any, Literal
 
 RESULTS = "results.jsonl"
 LOG = "suite.log"
-MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # what a lender of machines may carry back
+TESTS, PICTURE = "tests.jsonl", "demo.png"
+WEIGHTS, ANIMALS = "more.safetensors", "before-after.png"  # tools/tiny_animals/continue_unet.py's
+MADE = (RESULTS, LOG, TESTS, PICTURE, WEIGHTS, ANIMALS)  # all that a folder of results may hold
+MOST_BYTES = 16 * 2**20  # of each: what a lender of machines may carry back
 
 Status = Literal["done", "failed", "timeout", "unavailable", "skipped"]
 
@@ -47,21 +50,27 @@ class Row:
 def append(folder: Path, row: Row) -> None:
     """Write the row and see that it is on the disk."""
     stamped = {**asdict(row), "at": row.at or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with (folder / RESULTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(stamped) + "\n")
+    path = folder / RESULTS
+    cut = path.is_file() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut + json.dumps(stamped) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(file: Path) -> list[Row]:
-    """All whole rows; a line that was cut off is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(Row(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue
-    return found
+    """All whole rows; a line that was cut off, or that is no row, is left out."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in map(_parsed, lines) if row is not None]
+
+
+def _parsed(line: str) -> Row | None:
+    try:
+        row = Row(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    texts = (row.step, row.case, row.status, row.on, row.error, row.at)
+    return row if all(isinstance(text, str) for text in texts) else None
 
 
 def shown(rows: Iterable[Row], on: str, small: bool) -> set[tuple[str, str]]:
@@ -70,14 +79,13 @@ def shown(rows: Iterable[Row], on: str, small: bool) -> set[tuple[str, str]]:
 
 
 def keep_within_limits(folder: Path) -> list[str]:
-    """Cut the log to its end and take away what nobody would carry back; says what was taken."""
+    """Cut the log to its end; says which other file of the suite's own is too large to carry."""
     log = folder / LOG
     if log.is_file() and log.stat().st_size > MOST_BYTES // 2:
         log.write_bytes(log.read_bytes()[-MOST_BYTES // 4 :])
-    said = []
-    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    for place, path in enumerate(files):
-        if place >= MOST_FILES or path.stat().st_size > MOST_BYTES:
-            said.append(f"{path.name} was taken away: {path.stat().st_size / 2**20:.1f} MiB")
-            path.unlink()
-    return said
+    sizes = {name: (folder / name).stat().st_size for name in MADE if (folder / name).is_file()}
+    return [
+        f"{name} has {size / 2**20:.1f} MiB, more than {MOST_BYTES / 2**20:.0f}"
+        for name, size in sizes.items()
+        if size > MOST_BYTES
+    ]

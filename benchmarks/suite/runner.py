@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from .rows import LOG, RESULTS, Row, Status, append, keep_within_limits, read, shown
 from .steps import Step, narrowed
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 ROOT = BENCHMARKS.parent
+RUNNING = "running.json"  # of the case at hand: since when, and what it has found so far
 SPARE = 3.0  # seconds of the budget that are kept for the end
 Launch = Callable[[Step, float, Path], list[str]]
 
@@ -85,7 +87,7 @@ class Suite:
 
     def _process(self, step: Step, seconds: float) -> int | None:
         """Its exit code; None when it ran out of time and was killed with all its children."""
-        (self.work / "running.json").unlink(missing_ok=True)
+        (self.work / RUNNING).unlink(missing_ok=True)
         with (self.out / LOG).open("ab") as log:
             log.write(f"\n===== {step.name}: {' '.join(step.cases)}\n".encode())
             log.flush()
@@ -94,9 +96,8 @@ class Suite:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment(),
+                env=environment(self.on),
                 cwd=ROOT,
-                start_new_session=True,
             )
             try:
                 return process.wait(timeout=seconds)
@@ -106,16 +107,23 @@ class Suite:
                 end(process)
 
     def _blame(self, step: Step, status: Status, error: str) -> Step:
-        """Record the case that was running, or the first; the step without it."""
-        file = self.work / "running.json"
+        """Record the case that was running, with what it had found, or all when none had begun;
+        the step without them."""
+        file = self.work / RUNNING
         running: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        case = running.get("case", step.cases[0])
-        case = case if case in step.cases else step.cases[0]
-        seconds = max(0.0, time.time() - running.get("since", time.time()))
+        case = running.get("case")
+        blamed = [case] if case in step.cases else list(step.cases)
+        seconds = round(max(0.0, time.time() - running.get("since", time.time())), 1)
         log = (self.out / LOG).read_bytes()[-3000:].decode("utf-8", "replace")
-        row = Row(step.name, case, status, round(seconds, 1), self.on, self.small)
-        append(self.out, Row(**{**vars(row), "error": f"{error}\n{log}"}))
-        return narrowed(step, [other for other in step.cases if other != case])
+        for name in blamed:
+            found = running.get("figures", {})
+            append(
+                self.out,
+                Row(
+                    step.name, name, status, seconds, self.on, self.small, found, f"{error}\n{log}"
+                ),
+            )
+        return narrowed(step, [other for other in step.cases if other not in blamed])
 
     def _leave_out(self, step: Step, why: str) -> None:
         self.say(f"{step.name}: left out, {why}")
@@ -130,21 +138,25 @@ class Suite:
             self.say(text)
 
 
-def environment() -> dict[str, str]:
-    """Of every step: this checkout's nablagfn, no hub, output as it comes."""
+def environment(on: str) -> dict[str, str]:
+    """Of every step: this checkout's nablagfn, no hub, output as it comes; on a CPU no GPU."""
     paths = [str(ROOT / "src"), str(ROOT), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if on == "cpu" else {}),
     }
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and all that it started, in whatever group or session they are."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for one in (*parent.children(recursive=True), parent):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     process.wait()
 
 

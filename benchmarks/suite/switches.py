@@ -18,6 +18,7 @@ from .subject import Options, measured, one_update, paths, trainer_of
 BASE: Options = {**paths(8), "training.micro_batch": 8}
 TOGETHER: Options = {
     "training.micro_batch": 16,
+    "training.vae_slice": 4,
     "speed.channels_last": True,
     "speed.compile": True,
     "speed.cuda_graphs": True,
@@ -25,6 +26,12 @@ TOGETHER: Options = {
 }
 SWITCHES: dict[str, Options] = {
     **{f"micro_batch={n}": {"training.micro_batch": n} for n in (4, 8, 16, 32)},
+    "micro_batch=16, vae_slice=4": {"training.micro_batch": 16, "training.vae_slice": 4},
+    "micro_batch=32, vae_slice=4, gradient_checkpointing": {
+        "training.micro_batch": 32,
+        "training.vae_slice": 4,
+        "training.gradient_checkpointing": True,
+    },
     "channels_last": {"speed.channels_last": True},
     "gradient_checkpointing": {"training.gradient_checkpointing": True},
     "vae_slice=1": {"training.vae_slice": 1},
@@ -46,7 +53,11 @@ def base(setup: Setup) -> Options:
 
 
 def switch(setup: Setup, *, options: Options) -> dict[str, Any]:
-    return measured(setup, {**base(setup), **options})
+    """Raises Unavailable where the card is too small: some are tried to find that out."""
+    try:
+        return measured(setup, {**base(setup), **options})
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(f"out of memory: {str(error).splitlines()[0]}") from None
 
 
 def guess_decoder(setup: Setup) -> dict[str, Any]:
@@ -76,6 +87,7 @@ def compiled(setup: Setup, *, options: Options) -> dict[str, Any]:
     chosen = {**base(setup), **options}
     trainer = trainer_of(setup, chosen)
     cold = one_update(trainer, warm=False)
+    setup.note({"cold": cold.figures(), "compilations": compilations(), "options": chosen})
     warm = one_update(trainer, warm=False)
     return {
         **warm.figures(),

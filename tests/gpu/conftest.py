@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tests run."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not REHEARSAL:
         return torch.device("cuda")
     if REHEARSAL:
         return torch.device("cpu")
@@ -45,9 +45,9 @@ def clean(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """No report is drawn; backend flags and memory are as they were."""
     monkeypatch.setattr("nablagfn.report.build", lambda folder: None)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    flags = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    flags = matmul.allow_tf32, cudnn.allow_tf32
     yield
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = flags
+    matmul.allow_tf32, cudnn.allow_tf32 = flags
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.empty_cache()

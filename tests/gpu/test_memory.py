@@ -24,7 +24,7 @@ def fraction(cuda: torch.device) -> Iterator[Any]:
 
     def limit(size: float) -> None:
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole), cuda)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole))
 
     yield limit
     limit(whole)
@@ -51,6 +51,7 @@ def test_out_of_memory_backs_off_with_the_same_result(fraction: Any, tmp_path: P
     del free
     tight = trainer_on(cuda, "nabla-db", tmp_path / "tight", **options)
     chosen = drawn(tight)
+    torch.cuda.empty_cache()
     fraction(torch.cuda.memory_reserved() + 0.6 * grown)
     tight.updater.update(chosen)
     assert rows == 128 and 1 <= tight.updater.rows < 128

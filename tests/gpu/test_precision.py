@@ -38,16 +38,10 @@ def one_update(
     precision: str, method: str, device: torch.device, out: Path, **options: object
 ) -> Ended:
     usual = {"model.reward_scale": 1e4, "model.unet_reg_scale": 0.0}  # ε_θ† is another model's
-    trainer = trainer_on(
-        device,
-        method,
-        out / precision,
-        **usual,
-        **{"training.mixed_precision": precision},
-        **options,
-    )
-    start = learned(trainer)
     chosen = drawn(trainer_on(device, method, out / "data", **usual))  # always float32's
+    half = {"training.mixed_precision": precision}
+    trainer = trainer_on(device, method, out / precision, **usual, **half, **options)
+    start = learned(trainer)
     condition = trainer.policy.condition(chosen.paths.condition.prompts, ())
     paths = type(chosen.paths)(chosen.paths.x, chosen.paths.eps, condition, chosen.paths.reward)
     updated = trainer.updater.update(type(chosen)(paths, chosen.row, chosen.step, chosen.seed))

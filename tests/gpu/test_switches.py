@@ -17,9 +17,10 @@ SWITCHES = ("channels_last", "fused_optimizer", "offload_text_encoder", "offload
 
 def ended(device: torch.device, out: Path, **options: object) -> dict[str, Tensor]:
     """Two updates of nabla-db."""
-    torch.backends.cudnn.deterministic = True
     trainer = trainer_on(device, "nabla-db", out, **options)
-    trainer.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "deterministic", True)
+        trainer.fit()
     return learned(trainer)
 
 
