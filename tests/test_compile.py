@@ -117,7 +117,7 @@ def passed(
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_no_graph_is_used_for_another_state(broken: bool, captured: None) -> None:
-    """Each state after each other one; those with gradients also with a break within the model.
+    """Each state after each other one; the two that were mixed up also with a break within.
 
     The switches of a model change its parameters' `requires_grad` in place.
     """
@@ -130,7 +130,7 @@ def test_no_graph_is_used_for_another_state(broken: bool, captured: None) -> Non
     if broken:
         policy.unet.conv_norm_out.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     tune.compile_modules((policy.unet,))
-    pairs = list(product(STATES[1::2] if broken else STATES, repeat=2))
+    pairs = list(product(STATES[1:4:2] if broken else STATES, repeat=2))
     random.Random(0).shuffle(pairs)
     for state in (state for pair in pairs for state in pair):
         found = passed(policy, state, x, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from .child import Case, Failed, Setup
-from .rows import TESTS
+from .rows import TESTS, Unavailable
 from .runner import ROOT
 
 FILES = {  # which tests, in how many processes, for how many seconds at most
@@ -26,11 +27,14 @@ QUICK = "not precision and not 16"  # for a rehearsal
 def run(setup: Setup, *, name: str) -> dict[str, Any]:
     """Counts, failures with their tracebacks and skips with their reasons.
 
-    Raises Failed when one failed, or when the time ran out.
+    Raises Failed when one failed, or when the time ran out; Unavailable in a rehearsal that would
+    take too long.
     """
     files, processes, seconds = FILES[name]
     if setup.small and name == "whole_runs":
-        files = ()  # a minute on a CPU, whose own tests have the same
+        raise Unavailable(
+            "left out of a rehearsal: minutes of a CPU, whose own tests have the same"
+        )
     file = setup.out / TESTS
     before = len(read(file))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
@@ -40,13 +44,10 @@ def run(setup: Setup, *, name: str) -> dict[str, Any]:
     elif importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(processes)]
     env = {**os.environ, "NABLAGFN_OUTCOMES": str(file), "NABLAGFN_GPU": setup.device}
-    code: int | None = 0
-    if files:
-        try:
-            limit = min(seconds, setup.left - 3)
-            code = subprocess.run(command, env=env, cwd=ROOT, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = None
+    code: int | None = None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        limit = min(seconds, setup.left - 3)
+        code = subprocess.run(command, env=env, cwd=ROOT, timeout=limit, check=False).returncode
     figures = counted(read(file)[before:])
     if code is None:
         raise Failed(f"the time was over after {sum(figures['counts'].values())} tests", figures)

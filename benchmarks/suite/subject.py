@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from common import QUIET
+from update import sizes
 
 from nablagfn.architectures import REWARDS, sd15
 from nablagfn.assemble import build_policy, build_prompts, build_reward
@@ -36,14 +37,9 @@ SMALL = {"aesthetic": "tiny-aesthetic", "hpsv2": "tiny-alignment", "imagereward"
 PROMPTS = PromptSet(("cat", "dog", "horse", "bear"))
 
 
-def paths(batch: int, batches: int = 1) -> Options:
-    """One update an epoch of batch·batches paths, drawn `batch` at a time."""
-    return {
-        "sampling.batch_size": batch,
-        "sampling.num_batches_per_epoch": batches,
-        "training.batch_size": batch,
-        "training.gradient_accumulation_steps": batches,
-    }
+def paths(count: int) -> Options:
+    """One update an epoch of `count` paths, drawn at once."""
+    return sizes(count, 1)
 
 
 def random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:

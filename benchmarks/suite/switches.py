@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
+from update import SWITCHES as KNOWN
 
 from nablagfn.counting import compilations
 
@@ -24,6 +25,14 @@ TOGETHER: Options = {
     "speed.cuda_graphs": True,
     "speed.fused_optimizer": True,
 }
+ALONE = (
+    "channels_last",
+    "gradient_checkpointing",
+    "vae_checkpointing",
+    "fused_optimizer",
+    "offload_reward",
+    "offload_text_encoder",
+)
 SWITCHES: dict[str, Options] = {
     **{f"micro_batch={n}": {"training.micro_batch": n} for n in (4, 8, 16, 32)},
     "micro_batch=16, vae_slice=4": {"training.micro_batch": 16, "training.vae_slice": 4},
@@ -32,17 +41,12 @@ SWITCHES: dict[str, Options] = {
         "training.vae_slice": 4,
         "training.gradient_checkpointing": True,
     },
-    "channels_last": {"speed.channels_last": True},
-    "gradient_checkpointing": {"training.gradient_checkpointing": True},
     "vae_slice=1": {"training.vae_slice": 1},
-    "vae_checkpointing": {"training.vae_checkpointing": True},
-    "fused_optimizer": {"speed.fused_optimizer": True},
-    "offload_reward": {"speed.offload_reward": True},
-    "offload_text_encoder": {"speed.offload_text_encoder": True},
+    **{name: KNOWN[name] for name in ALONE},
 }
 COMPILED: dict[str, Options] = {
-    "cuda_graphs": {"speed.cuda_graphs": True},
-    "compile": {"speed.compile": True},
+    "cuda_graphs": KNOWN["cuda_graphs"],
+    "compile": KNOWN["compile"],
     "together": TOGETHER,
 }
 
@@ -63,12 +67,7 @@ def switch(setup: Setup, *, options: Options) -> dict[str, Any]:
 def guess_decoder(setup: Setup) -> dict[str, Any]:
     """A decoder of TAESD's shape with random weights."""
     folder: Path = setup.work / "taesd"
-    if setup.small:
-        channels = 16
-        tiny = AutoencoderTiny(latent_channels=channels)
-    else:
-        tiny = AutoencoderTiny()
-    tiny.save_pretrained(folder)
+    AutoencoderTiny(latent_channels=16 if setup.small else 4).save_pretrained(folder)
     return measured(setup, {**base(setup), "model.guess_decoder": str(folder)})
 
 
