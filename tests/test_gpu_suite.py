@@ -55,9 +55,11 @@ for case in cases:
     if case.startswith("crash"):
         os._exit(11)
     status, error = "done", ""
-    if case.startswith("raise"):
+    if case.startswith(("raise", "last")):
         status, error = "failed", "Traceback: no"
     append(Path(out), Row(name, case, status, 0.1, "made-up", True, {"x": 1}, error))
+    if case.startswith("last"):
+        os._exit(5)
 """
 
 
@@ -133,6 +135,17 @@ def test_a_case_that_is_cut_off_leaves_what_it_had_found(suite: Callable[..., An
     built.run(made_up(("slow", "", ("note then hang",)), limit=3))
     (row,) = built.rows()
     assert row.status == "timeout" and row.figures == {"so far": 2}
+
+
+def test_a_process_that_dies_between_two_cases_is_begun_again(suite: Callable[..., Any]) -> None:
+    """As after an error that spoils CUDA for the rest of a process."""
+    built = suite()
+    built.run(made_up(("one", "", ("fine", "last words", "after"))))
+    assert [(row.case, row.status) for row in built.rows()] == [
+        ("fine", "done"),
+        ("last words", "failed"),
+        ("after", "done"),
+    ]
 
 
 def test_a_step_that_cannot_begin_fails_once(suite: Callable[..., Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .child import Case, Failed, Setup
 from .rows import TESTS, Unavailable
-from .runner import ROOT
+from .runner import ROOT, end
 
 FILES = {  # which tests, in how many processes, for how many seconds at most
     "core": (("records", "precision", "waiting", "memory", "switches"), 4, 100.0),
@@ -45,9 +45,12 @@ def run(setup: Setup, *, name: str) -> dict[str, Any]:
         command += ["-n", str(processes)]
     env = {**os.environ, "NABLAGFN_OUTCOMES": str(file), "NABLAGFN_GPU": setup.device}
     code: int | None = None
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        limit = min(seconds, setup.left - 3)
-        code = subprocess.run(command, env=env, cwd=ROOT, timeout=limit, check=False).returncode
+    process = subprocess.Popen(command, env=env, cwd=ROOT)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=min(seconds, setup.left - 3))
+    finally:
+        end(process)  # with what its tests have started
     figures = counted(read(file)[before:])
     if code is None:
         raise Failed(f"the time was over after {sum(figures['counts'].values())} tests", figures)

@@ -53,7 +53,7 @@ def append(folder: Path, row: Row) -> None:
     path = folder / RESULTS
     cut = path.is_file() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut + json.dumps(stamped) + "\n")
+        file.write("\n" * cut + json.dumps(stamped, default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

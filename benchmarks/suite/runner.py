@@ -74,11 +74,12 @@ class Suite:
                 break
             code = self._process(rest, left)
             answered = {row.case for row in self.rows()[before:] if row.step == step.name}
-            rest = narrowed(rest, [case for case in rest.cases if case not in answered])
-            if rest.cases and code is not None:
-                rest = self._blame(rest, "failed", f"the process ended with exit code {code}")
-            elif rest.cases:
+            asked, rest = rest, narrowed(rest, [c for c in rest.cases if c not in answered])
+            if rest.cases and code is None:
                 rest = self._blame(rest, "timeout", f"ended after {seconds:.0f} s")
+            elif rest.cases and (rest == asked or self._running().get("case") in rest.cases):
+                rest = self._blame(rest, "failed", f"the process ended with exit code {code}")
+            # else it died between two cases, of what an answered one left behind: begun again
         self._tell([row for row in self.rows()[before:] if row.step == step.name])
 
     def rows(self) -> list[Row]:
@@ -109,8 +110,7 @@ class Suite:
     def _blame(self, step: Step, status: Status, error: str) -> Step:
         """Record the case that was running, with what it had found, or all when none had begun;
         the step without them."""
-        file = self.work / RUNNING
-        running: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        running = self._running()
         case = running.get("case")
         blamed = [case] if case in step.cases else list(step.cases)
         seconds = round(max(0.0, time.time() - running.get("since", time.time())), 1)
@@ -124,6 +124,11 @@ class Suite:
                 ),
             )
         return narrowed(step, [other for other in step.cases if other not in blamed])
+
+    def _running(self) -> dict[str, Any]:
+        """What the last process wrote of the case it was at; nothing when it never began one."""
+        file = self.work / RUNNING
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
     def _leave_out(self, step: Step, why: str) -> None:
         self.say(f"{step.name}: left out, {why}")
