@@ -124,6 +124,7 @@ def test_an_older_package_is_a_failure_and_another_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     true = machine._version
+    monkeypatch.setattr(machine, "_requirements", lambda: ["torch>=2.6", "nonsense; extra == 'x'"])
     monkeypatch.setattr(machine, "_version", lambda n: "2.99.0" if n == "torch" else true(n))
     assert machine.versions(Patient(Config(), CPU)).status == "warning"
     monkeypatch.setattr(machine, "_version", lambda n: "1.0" if n == "torch" else true(n))
