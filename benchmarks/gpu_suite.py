@@ -25,7 +25,7 @@ from typing import Any
 
 from suite.rows import LOG, RESULTS, Row, append, read, shown
 from suite.runner import ROOT, Suite, child_command, temporary
-from suite.steps import STEPS, Step, select
+from suite.steps import Step, select
 
 
 def commit() -> str:
@@ -129,8 +129,6 @@ def main(arguments: list[str] | None = None) -> None:
 def say(text: str) -> None:
     print(text, flush=True)
 
-
-__all__ = ["STEPS", "main"]
 
 if __name__ == "__main__":
     main()

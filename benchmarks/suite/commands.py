@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from common import QUIET
+from one_update import memory as peak
 
 from nablagfn.cli import main
 from nablagfn.runfolder import RunFolder
 
 from .child import Case, Setup
 from .runner import ROOT
-from .subject import peak, save_sd15
+from .subject import save_sd15
 
 NAMES = ("default", "fast", "fewer_gpus", "fewer_gpus_no_flow_correction")
 ONE_UPDATE = {"default": {"sampling.num_batches_per_epoch": 2}}  # of its two an epoch

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from one_update import memory as peak
 
 from nablagfn.assemble import build_trainer, side_by_side
 from nablagfn.config import set_option
@@ -14,7 +15,6 @@ from nablagfn.runfolder import RunFolder
 
 from .child import Setup
 from .rows import PICTURE
-from .subject import peak
 
 LESS = {  # for a rehearsal
     "training.num_epochs": 1,

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from one_update import memory as peak
 from torch import Tensor
 
 from nablagfn.lookahead import LogReward, guess, terminal_gradient
 from nablagfn.trainer import Trainer
 
 from .child import Case, Setup, free
-from .subject import ORIGINAL, Stopwatch, paths, peak, reset, trainer_of
+from .subject import ORIGINAL, Stopwatch, paths, reset, trainer_of
 
 SIDES = (256, 512, 768, 1024)  # pixels
 REPEATS = 3

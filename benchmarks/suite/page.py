@@ -1,10 +1,12 @@
-"""The page docs/gpu/README.md, from rows of results alone. Imports no torch."""
+"""The page docs/gpu/README.md, from rows of results alone."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from common import table
 
 from .rows import Row
 from .steps import STEPS
@@ -308,10 +310,3 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return ""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-
-
-def table(rows: Cells) -> str:
-    """Markdown, one column per key of the first row."""
-    keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys), *[[str(row.get(key, "")) for key in keys] for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

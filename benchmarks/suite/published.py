@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from one_update import memory as peak
 from torch import Tensor
 
 from nablagfn import kernels
@@ -23,7 +24,7 @@ from nablagfn.types import Selection
 from nablagfn.value_gradient import Evaluated
 
 from .child import Case, Setup
-from .subject import Stopwatch, paths, peak, reset, trainer_of, warm_up
+from .subject import Stopwatch, paths, reset, trainer_of, warm_up
 
 TURNS = 3
 

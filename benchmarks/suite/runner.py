@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from .rows import LOG, RESULTS, Row, Status, append, keep_within_limits, read, shown
+from .rows import LOG, RESULTS, Row, Status, append, keep_within_limits, read
 from .steps import Step, narrowed
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -190,6 +190,3 @@ def temporary() -> tempfile.TemporaryDirectory[str]:
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize > 16e9
     return tempfile.TemporaryDirectory(prefix="gpu-suite-", dir=shared if roomy else None)
-
-
-__all__ = ["Suite", "child_command", "shown", "temporary"]

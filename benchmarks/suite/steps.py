@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 REST = 3600.0  # seconds: as long as there is time
 
@@ -123,11 +123,4 @@ def select(only: Iterable[str]) -> list[Step]:
 def narrowed(step: Step, cases: Iterable[str]) -> Step:
     """The step with these cases only, in its own order."""
     chosen = set(cases)
-    return Step(
-        step.name,
-        step.module,
-        step.why,
-        step.limit,
-        step.least,
-        tuple(case for case in step.cases if case in chosen),
-    )
+    return replace(step, cases=tuple(case for case in step.cases if case in chosen))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from common import QUIET
+from one_update import memory as peak
 from update import sizes
 
 from nablagfn.architectures import REWARDS, sd15
@@ -19,11 +20,11 @@ from nablagfn.assemble import build_policy, build_prompts, build_reward
 from nablagfn.config import Config, set_option
 from nablagfn.distributed import weight_dtype
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.models.tune import compile_modules, tune
+from nablagfn.models.tune import tune
 from nablagfn.options import load_config
 from nablagfn.planner import synchronise
 from nablagfn.prompts import PromptSet
-from nablagfn.rewards import NamedReward, networks_of, offloaded
+from nablagfn.rewards import NamedReward, offloaded
 from nablagfn.rollout import walk
 from nablagfn.runfolder import RunFolder
 from nablagfn.trainer import Trainer
@@ -76,8 +77,6 @@ def policy_of(setup: Setup, config: Config) -> StableDiffusionPolicy:
         vae_slice=t.vae_slice,
         name="sd15-random",
     )
-    if weight_dtype(config, device) == torch.float16:
-        policy.vae.to(torch.float32)
     return tune(policy, config.speed)
 
 
@@ -88,8 +87,6 @@ def reward_of(setup: Setup, config: Config, name: str) -> NamedReward:
     with torch.device(device):
         module = REWARDS[name]()
     reward = NamedReward(name, module.to(device).requires_grad_(False).eval())
-    if config.speed.compile_reward:
-        compile_modules(networks_of(reward))
     return offloaded(reward) if config.speed.offload_reward else reward
 
 
@@ -147,15 +144,6 @@ class Stopwatch:
         now = time.perf_counter()
         past, self.since = now - getattr(self, "since", now), now
         return past
-
-
-def peak(device: torch.device) -> int:
-    """Bytes at most since the last `reset`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset(device: torch.device) -> None:
