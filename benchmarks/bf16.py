@@ -16,11 +16,11 @@ from common import machine, parser, report
 from torch import Tensor
 
 from nablagfn import load_config
-from nablagfn.kernels import KernelTable
-from nablagfn.methods import build_kernel
+from nablagfn.core.kernels import KernelTable
+from nablagfn.core.rollout import rollout
+from nablagfn.core.types import Trajectories
+from nablagfn.methods.registry import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.rollout import rollout
-from nablagfn.types import Trajectories
 
 PROMPT, ROWS, LEVELS = "cat", 8, 8
 

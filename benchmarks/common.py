@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nablagfn.runfolder import write_atomic
+from nablagfn.runs.runfolder import write_atomic
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

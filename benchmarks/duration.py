@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from common import QUIET, child, device, machine, parser, report, summary
 
-from nablagfn import planner
+from nablagfn.commands import planner
 from nablagfn.config import set_option
-from nablagfn.options import load_config
+from nablagfn.recipes.options import load_config
 
 CUDA = torch.cuda.is_available()
 VARIANTS = {

@@ -15,8 +15,8 @@ import torch
 from common import machine, parser, report
 
 from nablagfn import load_config
+from nablagfn.commands.planner import Parts, Work, measure, work_of
 from nablagfn.config import Config
-from nablagfn.planner import Parts, Work, measure, work_of
 
 TFLOP = 1e12
 PATHS = {"default": 32, "fast": 4, "no_flow": 16}  # of an update, by the commands of the README

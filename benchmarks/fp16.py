@@ -21,15 +21,15 @@ from bf16 import kernel
 from common import machine, parser, report
 from torch import Tensor
 
-from nablagfn.bellman import Pass
-from nablagfn.estimators.residual_db import ResidualDB
-from nablagfn.lookahead import LogReward, terminal_gradient
+from nablagfn.core.bellman import Pass
+from nablagfn.core.lookahead import LogReward, terminal_gradient
+from nablagfn.core.rollout import rollout
+from nablagfn.core.types import Trajectories, Transitions
+from nablagfn.methods.estimators.residual_db import ResidualDB
+from nablagfn.methods.objectives.matching import MatchingObjective
 from nablagfn.models import in_range
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.objectives.matching import MatchingObjective
 from nablagfn.rewards import analytic
-from nablagfn.rollout import rollout
-from nablagfn.types import Trajectories, Transitions
 
 ROWS, LEVELS, FIRST_SCALE, MOST_HALVINGS = 4, 8, 2.0**16, 60
 PLACES = {"first": 0, "middle": 4, "last": LEVELS - 2}  # the very last sample is clean: no U-Net

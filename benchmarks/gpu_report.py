@@ -59,9 +59,9 @@ def predicted(figures: Mapping[str, Any]) -> dict[str, float]:
     """The planner's peak (bytes, without the CUDA context) and FLOPs of the same update."""
     import torch
 
-    from nablagfn import planner
+    from nablagfn.commands import planner
     from nablagfn.config import set_option
-    from nablagfn.options import load_config
+    from nablagfn.recipes.options import load_config
 
     config = load_config(figures["reward"])
     for key, value in figures["options"].items():

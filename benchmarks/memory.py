@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from common import QUIET, machine, parser, report
 
-from nablagfn import planner
-from nablagfn.assemble import build_policy, build_prompts, build_reward
+from nablagfn.commands import planner
+from nablagfn.commands.assemble import build_policy, build_prompts, build_reward
 from nablagfn.config import Config, set_option
-from nablagfn.costs import Tracker, tensors_of
-from nablagfn.options import load_config
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import modules_of
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.runtime.costs import Tracker, tensors_of
+from nablagfn.training.trainer import Trainer
 
 CARDS = (12, 16, 24, 48, 80)  # GB
 

@@ -21,12 +21,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nablagfn.assemble import build_policy, build_prompts, build_reward
+from nablagfn.commands.assemble import build_policy, build_prompts, build_reward
 from nablagfn.config import Config, set_option
-from nablagfn.distributed import process_state
-from nablagfn.options import load_config
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
+from nablagfn.recipes.options import load_config
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.runtime.distributed import process_state
+from nablagfn.training.trainer import Trainer
 
 
 def make_config(job: dict[str, Any], folder: str) -> Config:

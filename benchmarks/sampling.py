@@ -16,13 +16,13 @@ import torch
 from common import device, machine, parser, report
 from update import settings
 
-from nablagfn import rng
-from nablagfn.assemble import build_policy, build_prompts
+from nablagfn.commands.assemble import build_policy, build_prompts
+from nablagfn.commands.planner import synchronise
 from nablagfn.config import Config, set_option
-from nablagfn.methods import build_kernel
-from nablagfn.options import load_config
-from nablagfn.planner import synchronise
-from nablagfn.rollout import rollout
+from nablagfn.core import rng
+from nablagfn.core.rollout import rollout
+from nablagfn.methods.registry import build_kernel
+from nablagfn.recipes.options import load_config
 
 
 def seconds(config: Config, repeats: int) -> list[float]:

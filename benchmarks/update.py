@@ -35,7 +35,7 @@ from common import (
     summary,
 )
 
-from nablagfn.planner import matmul_rate
+from nablagfn.commands.planner import matmul_rate
 
 Options = dict[str, Any]
 CLOCK = "seconds" if torch.cuda.is_available() else "processor seconds"
@@ -93,7 +93,7 @@ def settings(model: str, folder: Path) -> tuple[str, Options]:
     """A config's name and the options that put `model` in it. SD1.5 is written to `folder`."""
     if model != "sd15":
         return "demo", {**QUIET, "pretrained.model": model}
-    from nablagfn.architectures import aesthetic, sd15
+    from nablagfn.commands.architectures import aesthetic, sd15
 
     sd15().save_pretrained(folder / "sd15")
     reward = aesthetic()

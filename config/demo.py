@@ -1,5 +1,5 @@
 """`--config=config/demo.py`: the packaged config; edit here or override options."""
 
-from nablagfn.configs.demo import get_config
+from nablagfn.recipes.catalogue.demo import get_config
 
 __all__ = ["get_config"]

@@ -1,5 +1,5 @@
 """`--config=config/imagereward.py`: the packaged config; edit here or override options."""
 
-from nablagfn.configs.imagereward import get_config
+from nablagfn.recipes.catalogue.imagereward import get_config
 
 __all__ = ["get_config"]

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from nablagfn.config import Config, set_option
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 
 HOSTILE = "<script>alert(1)</script>"
 PROMPTS = ("a cat", HOSTILE)

@@ -19,15 +19,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nablagfn import distributed, report
+from nablagfn import report
 from nablagfn.cli.common import fail
+from nablagfn.commands.evaluate import Request, build_evaluator, evaluate, make_plan
 from nablagfn.config import Config
-from nablagfn.evaluate import Request, build_evaluator, evaluate, make_plan
+from nablagfn.core.types import Losses, Metadata, Transitions
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.rewards import NamedReward, resolve
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer, TrainingError
-from nablagfn.types import Losses, Metadata, Transitions
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.runtime import distributed
+from nablagfn.training.trainer import Trainer, TrainingError
 from tests.test_trainer import PROMPTS, small_config
 
 RANK = int(os.environ["RANK"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nablagfn.advice import advise
+from nablagfn.runs.advice import advise
 
 HEALTHY = {
     "grad_norm": 2.0,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nablagfn.core.types import Condition
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
-from nablagfn.trainer import Trainer, TrainingError
-from nablagfn.types import Condition
+from nablagfn.training.trainer import Trainer, TrainingError
 from tests.test_trainer import small_config
 from tests.tiny_pipeline import make_pipeline
 

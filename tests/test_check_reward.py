@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn.check_reward import latent_gradient
 from nablagfn.cli import UNUSABLE, main
+from nablagfn.commands.check_reward import latent_gradient
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.rewards import BUILT_IN, NamedReward, named, resolve
 from nablagfn.rewards.check import FAIL, INFO, OK, WARN, Check, check_reward, noise

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nablagfn import assemble
 from nablagfn.cli import main
+from nablagfn.commands import assemble
+from nablagfn.commands.doctor import Check, examine, machine
 from nablagfn.config import ConfigError
-from nablagfn.counting import compilations
-from nablagfn.doctor import Check, examine, machine
-from nablagfn.lookahead import without_theta
+from nablagfn.core.counting import compilations
+from nablagfn.core.lookahead import without_theta
+from nablagfn.core.types import Condition
 from nablagfn.models import tune
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.options import load_config
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import NamedReward, named, networks_of, offloaded, resolve
-from nablagfn.types import Condition
 from tests.test_speed import draw, make_policy, plain, same_weights, trained
 from tests.tiny_rewards import save_weights
 
@@ -206,7 +206,7 @@ def test_graphs_of_the_u_net_give_the_same_run(
     """Captured for a CPU: sampling before and after an update, which changes the LoRA in place."""
     monkeypatch.setattr(tune, "has_graphs", lambda device: True)
     lines: list[str] = []
-    monkeypatch.setattr("nablagfn.progress.Bar.line", lambda bar, text: lines.append(text))
+    monkeypatch.setattr("nablagfn.runs.progress.Bar.line", lambda bar, text: lines.append(text))
     trainer, found = trained(tmp_path, **{"speed.cuda_graphs": True})
     assert isinstance(trainer.policy.unet_free, tune.Replayed)
     same_weights(found, plain)

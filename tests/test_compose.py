@@ -24,7 +24,7 @@ from nablagfn.rewards.compose import (
     project_conflicts,
     with_settings,
 )
-from nablagfn.trainer import Trainer
+from nablagfn.training.trainer import Trainer
 from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import nablagfn
 from nablagfn.cli import build_parser, resolve_config
 from nablagfn.config import Config, ConfigError, describe, flatten, merge, set_option
-from nablagfn.options import apply_overrides, load_config, packaged
 from nablagfn.prompts import PromptSet, load_prompts, read_prompts
+from nablagfn.recipes.options import apply_overrides, load_config, packaged
 
 SOURCE = Path(nablagfn.__file__).parent
 OPTIONS = sorted(flatten(Config()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from nablagfn import rng
-from nablagfn.diagnostics import StepDiagnostics, bin_edges, signal_to_noise
-from nablagfn.rollout import fingerprints
+from nablagfn.core import rng
+from nablagfn.core.rollout import fingerprints
+from nablagfn.training.diagnostics import StepDiagnostics, bin_edges, signal_to_noise
 
 
 def test_bins_share_the_steps() -> None:

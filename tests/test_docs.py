@@ -13,9 +13,9 @@ import torch
 
 from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, resolve_reward
 from nablagfn.config import set_option
-from nablagfn.methods import METHODS, build_kernel
+from nablagfn.methods.registry import METHODS, build_kernel
 from nablagfn.rewards import NamedReward
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 from nablagfn.worlds import load
 from nablagfn.worlds.policy import WorldPolicy, WorldReward
 from nablagfn.worlds.view import WorldView

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from nablagfn.cli import main
+from nablagfn.commands.doctor import Check, Finding, Patient, examine, machine, parts
+from nablagfn.commands.doctor.compiled import compiled
 from nablagfn.config import Config
-from nablagfn.doctor import Check, Finding, Patient, examine, machine, parts
-from nablagfn.doctor.compiled import compiled
 from nablagfn.models import tune
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.options import load_config
 from nablagfn.prompts import PromptSet
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import NamedReward
 from tests.tiny_pipeline import make_pipeline
 

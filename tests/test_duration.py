@@ -10,15 +10,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nablagfn import planner
 from nablagfn.cli import main
+from nablagfn.commands import planner
+from nablagfn.commands.planner import Passes, Seconds, measuring_passes, total
 from nablagfn.config import Config, ConfigError
-from nablagfn.counting import Counts, counted
+from nablagfn.core.counting import Counts, counted
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.planner import Passes, Seconds, measuring_passes, total
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
-from nablagfn.trainer import Trainer
+from nablagfn.training.trainer import Trainer
 from tests.test_planner import config_of
 from tests.test_trainer import small_config
 from tests.tiny_pipeline import make_pipeline

@@ -16,17 +16,17 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-import nablagfn.evaluate as command
+import nablagfn.commands.evaluate as command
 from nablagfn.cli import main
+from nablagfn.commands.evaluate import Request, evaluate, tables
 from nablagfn.config import ConfigError
-from nablagfn.evaluate import Request, evaluate, tables
 from nablagfn.evaluation import Measured, figures, per_prompt, thumbnails
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.options import load_config
 from nablagfn.prompts import PromptSet
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import resolve
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.trainer import Trainer
 from tests.test_metrics import normal
 from tests.test_trainer import small_config
 
@@ -303,8 +303,8 @@ def test_a_model_equal_to_its_base_is_at_no_distance() -> None:
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    from nablagfn.assemble import build_trainer
-    from nablagfn.runfolder import run_folder
+    from nablagfn.commands.assemble import build_trainer
+    from nablagfn.runs.runfolder import run_folder
 
     config = load_config("worlds/ring")
     config.saving.output_dir = str(tmp_path_factory.mktemp("runs"))

@@ -11,17 +11,17 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from nablagfn import rng
 from nablagfn.cli import main
+from nablagfn.commands.export import export
+from nablagfn.commands.export.card import licence, plain
+from nablagfn.commands.export.forms import FORMS, Form
+from nablagfn.commands.export.proof import GREY_LEVEL, ROUNDING, Proof
 from nablagfn.config import Config, ConfigError, set_option
-from nablagfn.export import export
-from nablagfn.export.card import licence, plain
-from nablagfn.export.forms import FORMS, Form
-from nablagfn.export.proof import GREY_LEVEL, ROUNDING, Proof
+from nablagfn.core import rng
 from nablagfn.models.locate import EMBEDDED
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.report.loading import how_to_load
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 from tests.worlds import randomise
 
 PROMPTS = ("a cat", "a fox on a blue background")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 from nablagfn.config import Config, ConfigError, set_option
-from nablagfn.extractors import INCEPTION, LOADERS, Extractor, load_extractor
+from nablagfn.evaluation.extractors import INCEPTION, LOADERS, Extractor, load_extractor
 from tests.tiny_rewards import save_clip
 
 CPU = torch.device("cpu")

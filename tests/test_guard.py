@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nablagfn.config import Config, ConfigError, GuardSettings, set_option
-from nablagfn.guard import Guard, Probe, broken_budgets
+from nablagfn.training.guard import Guard, Probe, broken_budgets
 
 
 def probe(reward: float = 0.0, kept: float = 1.0, kl: float = 0.0, other: float = 0.0) -> Probe:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nablagfn import hub
 from nablagfn.config import ConfigError
-from nablagfn.hub import HubFile, fetch
 from nablagfn.rewards import weights
 from nablagfn.rewards.weights import Finder, Part
+from nablagfn.runs import hub
+from nablagfn.runs.hub import HubFile, fetch
 
 CONTENT = b"weights"
 SHA = hashlib.sha256(CONTENT).hexdigest()

@@ -13,21 +13,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from nablagfn import kernels, rng
-from nablagfn.bellman import Pass
-from nablagfn.estimators.residual_db import ResidualDB
-from nablagfn.kernels import KernelTable
-from nablagfn.lookahead import LogReward, terminal_gradient
+from nablagfn.core import kernels, rng
+from nablagfn.core.bellman import Pass
+from nablagfn.core.kernels import KernelTable
+from nablagfn.core.lookahead import LogReward, terminal_gradient
+from nablagfn.core.rollout import replay, rollout
+from nablagfn.core.types import Condition, Selection, Trajectories, Transitions
+from nablagfn.core.value_gradient import mean_square
+from nablagfn.methods.estimators.residual_db import ResidualDB
+from nablagfn.methods.objectives.matching import MatchingObjective, residual_score
 from nablagfn.models import in_range
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.objectives.matching import MatchingObjective, residual_score
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
-from nablagfn.rollout import replay, rollout
-from nablagfn.trainer import Trainer
-from nablagfn.types import Condition, Selection, Trajectories, Transitions
-from nablagfn.updater import Updater
-from nablagfn.value_gradient import mean_square
+from nablagfn.training.trainer import Trainer
+from nablagfn.training.updater import Updater
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import randomise

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn import kernels, rng
-from nablagfn.collect import Collector
 from nablagfn.config import Config
+from nablagfn.core import kernels, rng
+from nablagfn.core.rollout import subsample_steps
+from nablagfn.core.types import Losses, Objective, Trajectories, Transitions
 from nablagfn.prompts import PromptSet, load_prompts
-from nablagfn.rollout import subsample_steps
-from nablagfn.types import Losses, Objective, Trajectories, Transitions
+from nablagfn.training.collect import Collector
 from tests.worlds import MixtureWorld
 
 PROMPTS = PromptSet(tuple(f"prompt {i}" for i in range(45)))

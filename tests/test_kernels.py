@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from nablagfn import kernels
-from nablagfn.kernels import KernelTable, Step
-from nablagfn.rollout import rollout
+from nablagfn.core import kernels
+from nablagfn.core.kernels import KernelTable, Step
+from nablagfn.core.rollout import rollout
 from tests.worlds import MEANS, MixtureWorld, sd_alphas_cumprod
 
 ALPHAS = sd_alphas_cumprod()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,28 +16,23 @@ SOURCE = Path(nablagfn.__file__).parent
 ROOT = Path(__file__).parent.parent
 LONGEST = 60  # lines of a function, its docstring left out
 
-LAYERS = (
-    {"types", "rng", "config"},
-    {"kernels", "critics", "configs", "progress", "pictures", "groups", "surrogate"},
-    {"rollout", "lookahead", "value_gradient", "path_kl", "counting", "runfolder", "advice"}
-    | {"optimizers", "distributed", "hub", "backoff", "costs", "metrics"},
-    {"bellman", "worlds"} | {"rewards", "models", "prompts", "report"},
-    {"objectives", "estimators", "extractors", "diff"},
-    {"collect", "evaluation", "methods", "guard", "diagnostics", "runlog", "options"}
-    | {"architectures"},
-    {"checkpoint", "updater"},
-    {"observe"},
-    {"trainer"},
-    {"assemble"},
-    {"check_reward", "evaluate", "planner", "export"},
-    {"doctor"},
+LAYERS = (  # a folder imports those of the lines above its own; none of its own line
+    {"config"},
+    {"runs"},
+    {"metrics", "runtime"},
+    {"core"},
+    {"models", "rewards", "worlds", "prompts"},
+    {"report", "recipes"},
+    {"methods", "evaluation"},
+    {"training"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 )
-LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-PARTS = {"objectives", "estimators", "metrics"}  # folders whose files do not know each other either
-TORCH_FREE = ("nablagfn", "nablagfn.config", "nablagfn.options", "nablagfn.runfolder")
-TORCH_FREE += ("nablagfn.cli", "nablagfn.report", "nablagfn.diff", "nablagfn.advice")
+LAYER = {folder: level for level, folders in enumerate(LAYERS) for folder in folders}
+PARTS = ("methods/objectives", "methods/estimators", "metrics")  # whose files know no other
+SHARED = {"metrics.groups"}  # but this one
+TORCH_FREE = ("cli", "report", "recipes", "runs", "config")  # every file of these folders
 
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -76,31 +72,48 @@ def imports(path: Path) -> set[str]:
     return {name for node in ast.walk(tree) for name in targets(node, package)}
 
 
-def test_the_import_reader_sees_imports(tmp_path: Path) -> None:
-    code = "from ..config import Config\nfrom . import flow\nimport nablagfn.rng\nimport torch"
+def test_the_import_reader_sees_imports() -> None:
+    code = "from ..config import Config\nfrom . import flow\nimport nablagfn.core.rng\nimport torch"
     found = [t for node in ast.parse(code).body for t in targets(node, ("nablagfn", "models"))]
-    assert found == ["config.Config", "models.flow", "rng"]
-    assert "lookahead.guess" in imports(SOURCE / "estimators" / "guess.py")
+    assert found == ["config.Config", "models.flow", "core.rng"]
+    guess = SOURCE / "methods" / "estimators" / "guess.py"
+    assert "core.lookahead.guess" in imports(guess)
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_every_module_has_a_layer(path: Path) -> None:
-    assert top(module_of(path)) in LAYER, "add it to LAYERS, below everything that imports it"
+def test_a_folder_imports_lower_ones_only() -> None:
+    assert {top(module_of(path)) for path in FILES} == set(LAYER), "LAYERS names every folder"
+    for path in FILES:
+        own = top(module_of(path))
+        used = {top(name) for name in imports(path)} - {own, "__version__"}
+        beside = {name for name in used if LAYER[name] >= LAYER[own]}
+        assert not beside, f"{relative(path)} must not import {sorted(beside)}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_dependencies_point_down(path: Path) -> None:
-    own = top(module_of(path))
-    used = {top(name) for name in imports(path)} - {own, "__version__"}
-    upward = {name for name in used if LAYER[name] >= LAYER[own]}
-    assert not upward, f"{own} (layer {LAYER[own]}) must not import {sorted(upward)}"
+def modules() -> dict[str, set[str]]:
+    """Which modules of nablagfn each module imports when it is itself imported."""
+    known = {module_of(path): path for path in FILES}
+    found = {}
+    for name, path in known.items():
+        package = ("nablagfn", *path.relative_to(SOURCE).parts[:-1])
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        used = {target for node in body for target in targets(node, package)}
+        found[name] = {u if u in known else u.rpartition(".")[0] for u in used} & set(known)
+    return found
 
 
-@pytest.mark.parametrize("folder", sorted(PARTS))
-def test_parts_of_one_kind_do_not_know_each_other(folder: str) -> None:
-    for path in (SOURCE / folder).glob("*.py"):
-        inside = {name for name in imports(path) if top(name) == folder}
-        assert not inside, f"{relative(path)} imports {sorted(inside)}"
+def test_no_module_is_imported_in_a_circle() -> None:
+    graph = {name: used - {name, name.rpartition(".")[0]} for name, used in modules().items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert len(order) == len(graph) > 100
+
+
+def test_parts_of_one_kind_do_not_know_each_other() -> None:
+    for folder in PARTS:
+        for path in (SOURCE / folder).glob("*.py"):
+            prefix = folder.replace("/", ".") + "."
+            inside = {name for name in imports(path) if name.startswith(prefix)}
+            inside = {name for name in inside if name.rpartition(".")[0] not in SHARED}
+            assert not inside, f"{relative(path)} imports {sorted(inside)}"
 
 
 def classes_of(folder: str) -> set[str]:
@@ -113,20 +126,18 @@ def classes_of(folder: str) -> set[str]:
 
 
 def test_the_trainer_names_no_method_and_no_model() -> None:
-    parts = {
-        name for folder in ("objectives", "estimators", "models") for name in classes_of(folder)
-    }
+    folders = ("methods/objectives", "methods/estimators", "models")
+    parts = {name for folder in folders for name in classes_of(folder)}
     assert {"MatchingObjective", "Guess", "ResidualDB", "StableDiffusionPolicy"} <= parts
-    tree = ast.parse((SOURCE / "trainer.py").read_text(encoding="utf-8"))
+    tree = ast.parse((SOURCE / "training" / "trainer.py").read_text(encoding="utf-8"))
     named = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     named |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     named |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
     assert not named & parts
 
 
-@pytest.mark.parametrize("folder", ["objectives", "estimators"])
-def test_objectives_see_protocols_only(folder: str) -> None:
-    for path in (SOURCE / folder).glob("*.py"):
+def test_methods_see_protocols_only() -> None:
+    for path in (SOURCE / "methods").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not {"diffusers", "transformers", "peft"} & third_party(text), relative(path)
 
@@ -141,15 +152,17 @@ def third_party(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["types", "kernels", "rollout", "lookahead", "value_gradient"])
-def test_the_core_needs_torch_only(module: str) -> None:
-    text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
-    assert third_party(text) - set(sys.stdlib_module_names) <= {"torch"}
+def test_the_core_needs_torch_only() -> None:
+    for path in (SOURCE / "core").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert third_party(text) - set(sys.stdlib_module_names) <= {"torch"}, path.name
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_starts_without_torch(module: str) -> None:
-    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+def test_what_needs_no_torch_starts_without() -> None:
+    names = [name for name in map(module_of, FILES) if top(name) in TORCH_FREE]
+    assert len(names) > 30
+    lines = [f"import nablagfn.{name}" for name in ("__init__", *names)]
+    code = "\n".join([*lines, "import sys; sys.exit('torch' in sys.modules)"])
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn import kernels, rng
 from nablagfn.config import Config
-from nablagfn.estimators.guess import Guess
-from nablagfn.estimators.residual_db import ResidualDB, reverse_score
-from nablagfn.kernels import KernelTable
-from nablagfn.lookahead import LogReward, attenuation, guess
+from nablagfn.core import kernels, rng
+from nablagfn.core.kernels import KernelTable
+from nablagfn.core.lookahead import LogReward, attenuation, guess
+from nablagfn.core.rollout import rollout
+from nablagfn.core.types import Policy, Reward, Selection, Transitions
+from nablagfn.core.value_gradient import Evaluated, mean_square
+from nablagfn.methods.estimators.guess import Guess
+from nablagfn.methods.estimators.residual_db import ResidualDB, reverse_score
+from nablagfn.methods.objectives.matching import MatchingObjective, residual_score
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.objectives.matching import MatchingObjective, residual_score
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
-from nablagfn.rollout import rollout
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
-from nablagfn.types import Policy, Reward, Selection, Transitions
-from nablagfn.value_gradient import Evaluated, mean_square
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.trainer import Trainer
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
 

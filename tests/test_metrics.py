@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn import rng
-from nablagfn.groups import pair_mean, rows_of
+from nablagfn.core import rng
 from nablagfn.metrics import diversity, intervals, prior
 from nablagfn.metrics.drift import feature_drift
+from nablagfn.metrics.groups import pair_mean, rows_of
 from tests.test_worlds import generator
 
 GROUPS = ["cat"] * 4 + ["dog"] * 5 + ["fox"]

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn import kernels, rng
-from nablagfn.bellman import Backed, Pass, returns
-from nablagfn.counting import Counts, counted
-from nablagfn.estimators.adjoint_matching import AdjointMatching
-from nablagfn.estimators.guess import Guess
-from nablagfn.estimators.nabla_db_lambda import NablaDBLambda
-from nablagfn.estimators.terminal_gradient import TerminalGradient
-from nablagfn.kernels import KernelTable, Step
-from nablagfn.lookahead import Guessed, LogReward, guess, terminal_gradient
-from nablagfn.objectives.matching import MatchingObjective, residual_score
-from nablagfn.rollout import WindowChoice, rollout
-from nablagfn.types import Condition, Losses, Policy, Selection, Trajectories
-from nablagfn.value_gradient import Estimator, mean_square
+from nablagfn.core import kernels, rng
+from nablagfn.core.bellman import Backed, Pass, returns
+from nablagfn.core.counting import Counts, counted
+from nablagfn.core.kernels import KernelTable, Step
+from nablagfn.core.lookahead import Guessed, LogReward, guess, terminal_gradient
+from nablagfn.core.rollout import WindowChoice, rollout
+from nablagfn.core.types import Condition, Losses, Policy, Selection, Trajectories
+from nablagfn.core.value_gradient import Estimator, mean_square
+from nablagfn.methods.estimators.adjoint_matching import AdjointMatching
+from nablagfn.methods.estimators.guess import Guess
+from nablagfn.methods.estimators.nabla_db_lambda import NablaDBLambda
+from nablagfn.methods.estimators.terminal_gradient import TerminalGradient
+from nablagfn.methods.objectives.matching import MatchingObjective, residual_score
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
 
 PROMPTS = ("a", "bbb", "cc", "dddd")

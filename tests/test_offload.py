@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nablagfn import assemble, planner
+from nablagfn.commands import assemble, planner
 from nablagfn.config import Config, ConfigError, RewardSettings
-from nablagfn.costs import Tracker, size_of, tensors_of
-from nablagfn.lookahead import LogReward, guess
+from nablagfn.core.lookahead import LogReward, guess
+from nablagfn.core.types import Metadata
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.options import load_config
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import NamedReward, components_of, modules_of, named, offload, offloaded
 from nablagfn.rewards import resolve as find
 from nablagfn.rewards.offload import Offloaded
-from nablagfn.types import Metadata
+from nablagfn.runtime.costs import Tracker, size_of, tensors_of
 from tests.test_planner import config_of
 from tests.test_speed import draw, make_policy
 

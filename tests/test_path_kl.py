@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from nablagfn import kernels, rng
-from nablagfn.path_kl import path_kl, step_kl
-from nablagfn.rollout import rollout
+from nablagfn.core import kernels, rng
+from nablagfn.core.path_kl import path_kl, step_kl
+from nablagfn.core.rollout import rollout
 from tests.worlds import MixtureWorld
 
 LEVELS = torch.linspace(0.99, 0.02, 100, dtype=torch.float64)

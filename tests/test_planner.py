@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._device import _device_constructors
 
-from nablagfn import architectures, planner
 from nablagfn.cli import main
+from nablagfn.commands import architectures, planner
+from nablagfn.commands.planner import Parts, Setting
 from nablagfn.config import Config, ConfigError
-from nablagfn.costs import Tracker, cost, tensors_of
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.planner import Parts, Setting
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
-from nablagfn.trainer import Trainer
+from nablagfn.runtime.costs import Tracker, cost, tensors_of
+from nablagfn.training.trainer import Trainer
 from tests.test_trainer import small_config
 from tests.tiny_pipeline import make_pipeline
 

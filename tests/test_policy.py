@@ -12,12 +12,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from torch import Tensor
 
-from nablagfn import kernels
 from nablagfn.config import ConfigError
-from nablagfn.kernels import KernelTable
+from nablagfn.core import kernels
+from nablagfn.core.kernels import KernelTable
+from nablagfn.core.rollout import rollout
 from nablagfn.models.locate import locate
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.rollout import rollout
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import randomise
 

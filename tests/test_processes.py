@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 from tests.running import metrics, run, small, torchrun, train, weights
 
 

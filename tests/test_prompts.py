@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from nablagfn import prompts as module
-from nablagfn import rng
-from nablagfn.collect import Collector
 from nablagfn.config import Config, ConfigError
-from nablagfn.methods import build_kernel
+from nablagfn.core import rng
+from nablagfn.methods.registry import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import BUILT_IN, PromptSet, load_prompts, plural
-from nablagfn.trainer import Trainer
+from nablagfn.training.collect import Collector
+from nablagfn.training.trainer import Trainer
 from tests.shared import PROMPTS, needs_prompts
 from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline

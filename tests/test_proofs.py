@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nablagfn import kernels
 from nablagfn.cli import main
+from nablagfn.core import kernels
 from nablagfn.worlds import load
 from nablagfn.worlds.mixture import tilted
 from nablagfn.worlds.policy import WorldPolicy

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from nablagfn.cli import main
 from nablagfn.config import ConfigError
-from nablagfn.options import load_config
 from nablagfn.prompts import load_prompts
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import resolve
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 from tests.shared import PROMPTS
 from tests.tiny_rewards import save_weights
 

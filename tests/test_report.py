@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from nablagfn.cli import main
-from nablagfn.diff import differing_versions, outcomes
 from nablagfn.report import build, compare, figures, tables
+from nablagfn.report.diff import differing_versions, outcomes
 from nablagfn.report.pictures import HEIGHT, WIDTH, encode
 from nablagfn.report.read import read
 from nablagfn.report.render import comparison_page, frames, run_page, script, script_hash
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 from tests.made_run import HOSTILE, colour, make
 
 ALL = ["figures", "said", "pair", "training", "samples", "prompts", "frontier", "curves", "levels"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nablagfn.config import ConfigError
-from nablagfn.lookahead import LogReward
+from nablagfn.core.lookahead import LogReward
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import BUILT_IN, analytic, resolve
-from nablagfn.trainer import Trainer
+from nablagfn.training.trainer import Trainer
 from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld

@@ -13,22 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nablagfn import kernels
 from nablagfn.config import Config, ConfigError, set_option
-from nablagfn.kernels import KernelTable
-from nablagfn.lookahead import LogReward
-from nablagfn.methods import METHODS, build_objective
-from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.objectives.alignprop import AlignProp
-from nablagfn.objectives.dag_db import DagDB
-from nablagfn.objectives.ddpo import DDPO, PromptStatistics
-from nablagfn.objectives.draft import DraftK
-from nablagfn.objectives.draft_lv import DraftLV
-from nablagfn.objectives.refl import ReFL
-from nablagfn.prompts import PromptSet
-from nablagfn.rollout import noise_of, replay, rollout
-from nablagfn.trainer import Trainer
-from nablagfn.types import (
+from nablagfn.core import kernels
+from nablagfn.core.kernels import KernelTable
+from nablagfn.core.lookahead import LogReward
+from nablagfn.core.rollout import noise_of, replay, rollout
+from nablagfn.core.types import (
     Condition,
     Metadata,
     Objective,
@@ -38,6 +28,16 @@ from nablagfn.types import (
     Trajectories,
     Transitions,
 )
+from nablagfn.methods.objectives.alignprop import AlignProp
+from nablagfn.methods.objectives.dag_db import DagDB
+from nablagfn.methods.objectives.ddpo import DDPO, PromptStatistics
+from nablagfn.methods.objectives.draft import DraftK
+from nablagfn.methods.objectives.draft_lv import DraftLV
+from nablagfn.methods.objectives.refl import ReFL
+from nablagfn.methods.registry import METHODS, build_objective
+from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.prompts import PromptSet
+from nablagfn.training.trainer import Trainer
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, randomise, sd_alphas_cumprod, tilt
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from nablagfn import runfolder
-from nablagfn.checkpoint import CheckpointIO, Position, load_policy
 from nablagfn.config import Config, ConfigError, GuardSettings
-from nablagfn.guard import Guard, Probe
-from nablagfn.runfolder import (
+from nablagfn.runs import runfolder
+from nablagfn.runs.runfolder import (
     RunFolder,
     check_same_settings,
     complete_checkpoints,
     fresh_folder,
     run_folder,
 )
+from nablagfn.training.checkpoint import CheckpointIO, Position, load_policy
+from nablagfn.training.guard import Guard, Probe
 from tests.worlds import MixtureWorld, randomise
 
 # -------------------------------------------------------------------------------- atomic writes
@@ -318,7 +318,7 @@ def test_partial_checkpoints_are_ignored_and_replaced(
     parts = make_checkpoints(tmp_path)
     parts.save(Position(0, 1, 0.0))
     with monkeypatch.context() as patch:
-        patch.setattr("nablagfn.checkpoint.os.replace", crash)
+        patch.setattr("nablagfn.training.checkpoint.os.replace", crash)
         with pytest.raises(KeyboardInterrupt):
             parts.save(Position(0, 2, 0.0))
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["update_000001"]

@@ -15,15 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn.assemble import build_policy, build_prompts, build_reward, build_view, side_by_side
-from nablagfn.checkpoint import load_policy
 from nablagfn.cli import main
-from nablagfn.collect import Collector
+from nablagfn.commands.assemble import (
+    build_policy,
+    build_prompts,
+    build_reward,
+    build_view,
+    side_by_side,
+)
 from nablagfn.config import Config, ConfigError, set_option
+from nablagfn.core.types import Condition
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
-from nablagfn.types import Condition
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.checkpoint import load_policy
+from nablagfn.training.collect import Collector
+from nablagfn.training.trainer import Trainer
 from nablagfn.worlds.policy import WorldPolicy
 from tests.running import LAUNCHER, LEARNED, ROOT, metrics, weights
 from tests.test_trainer import make_trainer, small_config
@@ -253,8 +259,8 @@ def test_even_methods_are_not_refused(name: str, tmp_path: Path) -> None:
 
 def test_the_discarded_pass_changes_nothing() -> None:
     """The guess of clean rows only, with and without it."""
-    from nablagfn.kernels import ddim
-    from nablagfn.lookahead import LogReward, guess
+    from nablagfn.core.kernels import ddim
+    from nablagfn.core.lookahead import LogReward, guess
 
     policy = StableDiffusionPolicy(make_pipeline().to(torch.float64), guidance_scale=2.0)
     table = ddim(policy.alphas_cumprod, policy.timesteps("ddpm", 4))
@@ -317,7 +323,7 @@ def test_a_policy_of_one_process_is_not_sharded(tiny_folder: Path) -> None:
 
 def test_a_run_may_go_on_with_or_without_shards(tmp_path: Path) -> None:
     """They change rounding and memory only."""
-    from nablagfn.runfolder import check_same_settings
+    from nablagfn.runs.runfolder import check_same_settings
 
     check_same_settings(
         small_config(tmp_path), small_config(tmp_path, **{"training.shard_base": True}), tmp_path

@@ -15,22 +15,22 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nablagfn import kernels, rng
 from nablagfn.config import ConfigError
-from nablagfn.estimators.guess import Guess
-from nablagfn.estimators.nabla_db_lambda import NablaDBLambda
-from nablagfn.estimators.residual_db import ResidualDB
-from nablagfn.lookahead import LogReward
-from nablagfn.methods import GUESSING, METHODS
+from nablagfn.core import kernels, rng
+from nablagfn.core.lookahead import LogReward
+from nablagfn.core.rollout import replay, rollout
+from nablagfn.core.types import Metadata, Policy, Selection
+from nablagfn.methods.estimators.guess import Guess
+from nablagfn.methods.estimators.nabla_db_lambda import NablaDBLambda
+from nablagfn.methods.estimators.residual_db import ResidualDB
+from nablagfn.methods.objectives.matching import MatchingObjective
+from nablagfn.methods.registry import GUESSING, METHODS
 from nablagfn.models.guess_decoder import GuessDecoder, load_guess_decoder
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
-from nablagfn.objectives.matching import MatchingObjective
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic, modules_of, resolve
-from nablagfn.rollout import replay, rollout
-from nablagfn.trainer import Trainer
-from nablagfn.types import Metadata, Policy, Selection
+from nablagfn.training.trainer import Trainer
 from tests.live_graph import LiveGraph
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
@@ -515,7 +515,7 @@ def test_compiled_parts_give_the_same_run(
     """Graph capture and its backward passes, without the code generator (which takes minutes)."""
     monkeypatch.setattr("nablagfn.models.tune.BACKEND", "aot_eager")
     lines: list[str] = []
-    monkeypatch.setattr("nablagfn.progress.Bar.line", lambda bar, text: lines.append(text))
+    monkeypatch.setattr("nablagfn.runs.progress.Bar.line", lambda bar, text: lines.append(text))
     torch._dynamo.reset()
     _, found = trained(tmp_path, **{"speed.compile": True})
     same_weights(found, plain)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nablagfn import StableDiffusionPolicy, kernels
-from nablagfn.critics import AnimalClassifier
+from nablagfn import StableDiffusionPolicy
+from nablagfn.core import kernels
 from nablagfn.evaluation import draw
 from nablagfn.models.locate import EMBEDDED, critics_of
 from nablagfn.prompts import load_prompts
+from nablagfn.rewards.critics import AnimalClassifier
 
 FOLDER = EMBEDDED["tiny-animals"]
 GUIDANCE = 1.0

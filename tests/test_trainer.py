@@ -13,8 +13,8 @@ from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer, TrainingError
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.trainer import Trainer, TrainingError
 from tests.tiny_pipeline import make_pipeline
 
 PROMPTS = PromptSet(("a cat", "a dog", "an ant"))

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from nablagfn import kernels
 from nablagfn.config import Config, ConfigError, set_option
-from nablagfn.methods import build_kernel
+from nablagfn.core import kernels
+from nablagfn.evaluation.pictures import grid
+from nablagfn.methods.registry import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.optimizers import build_optimizer
-from nablagfn.pictures import grid
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import named
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.runtime.optimizers import build_optimizer
+from nablagfn.training.trainer import Trainer
 from tests.test_trainer import PROMPTS, make_trainer, small_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld

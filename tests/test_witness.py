@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nablagfn import kernels
-from nablagfn.estimators.guess import Guess
-from nablagfn.estimators.residual_db import ResidualDB
-from nablagfn.kernels import KernelTable
-from nablagfn.lookahead import LogReward
-from nablagfn.objectives.matching import MatchingObjective
-from nablagfn.types import Condition, Losses, Transitions
+from nablagfn.core import kernels
+from nablagfn.core.kernels import KernelTable
+from nablagfn.core.lookahead import LogReward
+from nablagfn.core.types import Condition, Losses, Transitions
+from nablagfn.methods.estimators.guess import Guess
+from nablagfn.methods.estimators.residual_db import ResidualDB
+from nablagfn.methods.objectives.matching import MatchingObjective
 from tests import witness
 from tests.worlds import MixtureWorld, randomise, tilt
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from nablagfn import kernels, rng, worlds
+from nablagfn import worlds
 from nablagfn.config import ConfigError
-from nablagfn.kernels import KernelTable
+from nablagfn.core import kernels, rng
+from nablagfn.core.kernels import KernelTable
 from nablagfn.metrics.prior import mmd2, rbf_widths
 from nablagfn.worlds import measures
 from nablagfn.worlds.measure import distances, floors, measure, of_prompt

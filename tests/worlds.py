@@ -1,6 +1,6 @@
 """A world whose answer is known: a mixture of Gaussians in the plane with its exact ε, in float64.
 
-It speaks `nablagfn.types.Policy`; with the adapter off it is the exact pretrained model.
+It speaks `nablagfn.core.types.Policy`; with the adapter off it is the exact pretrained model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nablagfn.types import Condition, Metadata
+from nablagfn.core.types import Condition, Metadata
 
 MEANS = ((-1.5, 0.0), (1.0, 1.5), (1.0, -1.0))
 WEIGHTS = (0.2, 0.5, 0.3)

@@ -22,7 +22,7 @@ import matplotlib
 from proofs import carry_out_all, safe_name
 
 from nablagfn.report import compare
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

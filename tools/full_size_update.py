@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from nablagfn import PromptSet, StableDiffusionPolicy, Trainer, load_config
-from nablagfn.architectures import REWARDS, sd15
+from nablagfn.commands.architectures import REWARDS, sd15
 from nablagfn.rewards import NamedReward
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 
 
 def millions(*modules: torch.nn.Module) -> float:

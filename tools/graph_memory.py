@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from nablagfn import PromptSet, Trainer, load_config
-from nablagfn.assemble import build_policy
+from nablagfn.commands.assemble import build_policy
 from nablagfn.config import set_option
+from nablagfn.core.types import Selection
 from nablagfn.rewards import resolve
-from nablagfn.types import Selection
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.live_graph import LiveGraph

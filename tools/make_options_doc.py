@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from nablagfn.config import REMOVED, Config, flatten
-from nablagfn.options import load_config, packaged
+from nablagfn.recipes.options import load_config, packaged
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads e
 from proofs_report import write  # threads are set before anything loads torch
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 
 SEEDS = (0, 1, 2)
 COMPARED = 100  # updates of the comparison

@@ -176,11 +176,11 @@ def draw_samples(runs: Sequence[Run], out: Path, world: str, path: Path) -> None
     """Target and every method's samples in one world, seed 0, same noise."""
     import torch
 
-    from nablagfn.assemble import build_policy, build_view
-    from nablagfn.checkpoint import load_policy
+    from nablagfn.commands.assemble import build_policy, build_view
     from nablagfn.evaluation import draw
-    from nablagfn.methods import build_kernel
-    from nablagfn.runfolder import complete_checkpoints
+    from nablagfn.methods.registry import build_kernel
+    from nablagfn.runs.runfolder import complete_checkpoints
+    from nablagfn.training.checkpoint import load_policy
 
     chosen = [r for r in runs if r.table == "compared" and r.world == world and r.seed == 0]
     clouds: list[tuple[str, torch.Tensor]] = []

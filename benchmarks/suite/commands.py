@@ -13,7 +13,7 @@ from common import QUIET
 from one_update import memory as peak
 
 from nablagfn.cli import main
-from nablagfn.runfolder import RunFolder
+from nablagfn.runs.runfolder import RunFolder
 
 from .child import Case, Setup
 from .runner import ROOT

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from one_update import memory as peak
 
-from nablagfn.assemble import build_trainer, side_by_side
+from nablagfn.commands.assemble import build_trainer, side_by_side
 from nablagfn.config import set_option
-from nablagfn.options import load_config
-from nablagfn.runfolder import RunFolder
+from nablagfn.recipes.options import load_config
+from nablagfn.runs.runfolder import RunFolder
 
 from .child import Setup
 from .rows import PICTURE

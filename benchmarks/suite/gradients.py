@@ -16,8 +16,8 @@ import torch
 from one_update import memory as peak
 from torch import Tensor
 
-from nablagfn.lookahead import LogReward, guess, terminal_gradient
-from nablagfn.trainer import Trainer
+from nablagfn.core.lookahead import LogReward, guess, terminal_gradient
+from nablagfn.training.trainer import Trainer
 
 from .child import Case, Setup, free
 from .subject import ORIGINAL, Stopwatch, paths, reset, trainer_of

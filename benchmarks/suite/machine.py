@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from common import machine
 
-from nablagfn import planner
-from nablagfn.doctor import examine
-from nablagfn.options import load_config
-from nablagfn.runfolder import versions
+from nablagfn.commands import planner
+from nablagfn.commands.doctor import examine
+from nablagfn.recipes.options import load_config
+from nablagfn.runs.runfolder import versions
 
 from .child import Case, Failed, Setup, Unavailable
 

@@ -16,12 +16,12 @@ import torch
 from one_update import memory as peak
 from torch import Tensor
 
-from nablagfn import kernels
-from nablagfn.estimators.residual_db import ResidualDB, reverse_cotangent
-from nablagfn.lookahead import row_attenuation
-from nablagfn.trainer import Trainer
-from nablagfn.types import Selection
-from nablagfn.value_gradient import Evaluated
+from nablagfn.core import kernels
+from nablagfn.core.lookahead import row_attenuation
+from nablagfn.core.types import Selection
+from nablagfn.core.value_gradient import Evaluated
+from nablagfn.methods.estimators.residual_db import ResidualDB, reverse_cotangent
+from nablagfn.training.trainer import Trainer
 
 from .child import Case, Setup
 from .subject import Stopwatch, paths, reset, trainer_of, warm_up

@@ -15,20 +15,20 @@ from common import QUIET
 from one_update import memory as peak
 from update import sizes
 
-from nablagfn.architectures import REWARDS, sd15
-from nablagfn.assemble import build_policy, build_prompts, build_reward
+from nablagfn.commands.architectures import REWARDS, sd15
+from nablagfn.commands.assemble import build_policy, build_prompts, build_reward
+from nablagfn.commands.planner import synchronise
 from nablagfn.config import Config, set_option
-from nablagfn.distributed import weight_dtype
+from nablagfn.core.rollout import walk
+from nablagfn.core.types import Selection
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
-from nablagfn.options import load_config
-from nablagfn.planner import synchronise
 from nablagfn.prompts import PromptSet
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import NamedReward, offloaded
-from nablagfn.rollout import walk
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
-from nablagfn.types import Selection
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.runtime.distributed import weight_dtype
+from nablagfn.training.trainer import Trainer
 
 from .child import Setup
 

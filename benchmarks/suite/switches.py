@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderTiny
 from update import SWITCHES as KNOWN
 
-from nablagfn.counting import compilations
+from nablagfn.core.counting import compilations
 
 from .child import Case, Setup, Unavailable
 from .subject import Options, measured, one_update, paths, trainer_of

@@ -13,20 +13,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import Config, ConfigError
     from .models.stable_diffusion import StableDiffusionPolicy
-    from .options import load_config
     from .prompts import PromptSet
+    from .recipes.options import load_config
     from .rewards import resolve as resolve_reward
-    from .trainer import RunResult, Trainer, TrainingError
+    from .training.trainer import RunResult, Trainer, TrainingError
 
 _HOMES = {
     "Config": (".config", "Config"),
     "ConfigError": (".config", "ConfigError"),
     "PromptSet": (".prompts", "PromptSet"),
-    "RunResult": (".trainer", "RunResult"),
+    "RunResult": (".training.trainer", "RunResult"),
     "StableDiffusionPolicy": (".models.stable_diffusion", "StableDiffusionPolicy"),
-    "Trainer": (".trainer", "Trainer"),
-    "TrainingError": (".trainer", "TrainingError"),
-    "load_config": (".options", "load_config"),
+    "Trainer": (".training.trainer", "Trainer"),
+    "TrainingError": (".training.trainer", "TrainingError"),
+    "load_config": (".recipes.options", "load_config"),
     "resolve_reward": (".rewards", "resolve"),
 }
 __all__ = [

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from nablagfn.config import Config
+from nablagfn.core.types import Selection
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
-from nablagfn.types import Selection
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.trainer import Trainer
 from tests.test_rivals import method_config
 from tests.tiny_pipeline import make_pipeline
 

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from nablagfn import report
-from nablagfn.distributed import process_state
 from nablagfn.models import shard
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.rewards import analytic
-from nablagfn.runfolder import RunFolder
-from nablagfn.trainer import Trainer
+from nablagfn.runs.runfolder import RunFolder
+from nablagfn.runtime.distributed import process_state
+from nablagfn.training.trainer import Trainer
 from tests.test_trainer import PROMPTS, small_config
 
 OPTIONS = {

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from nablagfn import backoff
-from nablagfn.assemble import build_policy, build_reward
-from nablagfn.costs import size_of, tensors_of
-from nablagfn.options import load_config
+from nablagfn.commands.assemble import build_policy, build_reward
+from nablagfn.recipes.options import load_config
 from nablagfn.rewards import modules_of, offloaded
+from nablagfn.runtime import backoff
+from nablagfn.runtime.costs import size_of, tensors_of
 from tests.gpu.setting import drawn, learned, relative, trainer_on
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn.assemble import build_reward
-from nablagfn.lookahead import LogReward, guess
-from nablagfn.methods import build_kernel
+from nablagfn.commands.assemble import build_reward
+from nablagfn.core.lookahead import LogReward, guess
+from nablagfn.core.rollout import rollout
+from nablagfn.core.types import Transitions
+from nablagfn.methods.registry import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.options import load_config
-from nablagfn.rollout import rollout
-from nablagfn.types import Transitions
+from nablagfn.recipes.options import load_config
 from tests.gpu.setting import PRECISION, cosine, drawn, flat, learned, relative, trainer_on
 
 BOUNDS = {"bf16": 0.1, "fp16": 0.02}  # relative error of the loss, and of LoRA gradients

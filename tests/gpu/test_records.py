@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nablagfn.methods import METHODS
-from nablagfn.types import Losses, Transitions
+from nablagfn.core.types import Losses, Transitions
+from nablagfn.methods.registry import METHODS
 from tests.gpu.setting import PRECISION, drawn, trainer_on
 
 ON_THE_CPU = ("row", "step", "seed", "noisy")  # so that choosing rows never waits

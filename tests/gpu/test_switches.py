@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nablagfn.core.rollout import rollout
 from nablagfn.models.tune import Replayed
-from nablagfn.rollout import rollout
 from tests.gpu.setting import learned, random_policy, settings, trainer_on
 
 SWITCHES = ("channels_last", "fused_optimizer", "offload_text_encoder", "offload_reward")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nablagfn.methods import METHODS
+from nablagfn.core.rollout import rollout
+from nablagfn.methods.registry import METHODS
 from nablagfn.rewards import resolve
-from nablagfn.rollout import rollout
 from tests.gpu.setting import drawn, trainer_on
 from tests.tiny_rewards import save_weights
 

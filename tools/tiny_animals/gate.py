@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from nablagfn.critics import AestheticCritic, AlignmentCritic, AnimalClassifier
+from nablagfn.rewards.critics import AestheticCritic, AlignmentCritic, AnimalClassifier
 
 NAMED = ("cat", "dog", "horse", "lion", "fox", "turtle", "duck", "bee", "pig", "whale")
 

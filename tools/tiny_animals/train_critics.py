@@ -1,4 +1,4 @@
-"""Train the three critics (see ``nablagfn.critics``) on composites and decoded composites."""
+"""Train the three critics (`nablagfn.rewards.critics`) on composites and decoded composites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common import Average, Run, device_for, parser, to_images
 from muon import Muon
 from torch import Tensor, nn
 
-from nablagfn.critics import AestheticCritic, AlignmentCritic, AnimalClassifier
+from nablagfn.rewards.critics import AestheticCritic, AlignmentCritic, AnimalClassifier
 
 GLOSSY = data.STYLE_NAMES.index("glossy")
 WORDS = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import set_option
-from ..options import apply_overrides, load_config
+from ..recipes.options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
 
@@ -34,7 +34,7 @@ def check_reward(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.reward:
         set_option(config, "experiment.reward_fn", arguments.reward)
     config.check()
-    from ..check_reward import check
+    from ..commands.check_reward import check
 
     found = check(config, arguments.samples)
     print(found.table())

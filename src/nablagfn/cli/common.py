@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..config import ConfigError, describe
-from ..options import packaged
+from ..recipes.options import packaged
 
 BAD_INPUT = 2
 UNUSABLE = 1

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
 
 def diff(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the table."""
-    from ..diff import diff
-    from ..progress import console
-    from ..runfolder import RunFolder
+    from ..report.diff import diff
+    from ..runs.progress import console
+    from ..runs.runfolder import RunFolder
 
     console.print(diff(RunFolder(arguments.a), RunFolder(arguments.b)))

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..options import apply_overrides, load_config
+from ..recipes.options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
 if TYPE_CHECKING:
-    from ..doctor import Row
+    from ..commands.doctor import Row
 
 COLOURS = {"ok": "green", "warning": "yellow", "failure": "red", "skipped": "dim"}
 
@@ -31,9 +31,9 @@ def doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the table; exit code 1 on a failure."""
     config = load_config(arguments.config) if arguments.config else Config()
     apply_overrides(config, rest)
-    from ..distributed import process_state
-    from ..doctor import CHECKS, examine
-    from ..progress import Bar
+    from ..commands.doctor import CHECKS, examine
+    from ..runs.progress import Bar
+    from ..runtime.distributed import process_state
 
     state, rows = process_state(), []
     with Bar("examining", len(CHECKS), show=state.is_main_process) as bar:
@@ -52,7 +52,7 @@ def show(rows: Sequence[Row]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..progress import console
+    from ..runs.progress import console
 
     table = Table("check", "", "found", "fix", show_lines=True)
     for row in rows:

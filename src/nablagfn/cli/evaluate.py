@@ -56,9 +56,9 @@ def add(commands: Any) -> None:
 
 def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """All runs are checked before the first is measured; a table for each."""
-    from ..evaluate import Request, carry_out, make_plan, tables
-    from ..progress import console
-    from ..runfolder import RunFolder
+    from ..commands.evaluate import Request, carry_out, make_plan, tables
+    from ..runs.progress import console
+    from ..runs.runfolder import RunFolder
 
     request = Request(
         prompts=tuple(arguments.prompts),

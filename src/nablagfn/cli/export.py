@@ -36,8 +36,8 @@ def add(commands: Any) -> None:
 
 def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the forms, and print how each was proved."""
-    from ..export import export
-    from ..runfolder import RunFolder
+    from ..commands.export import export
+    from ..runs.runfolder import RunFolder
 
     done = export(
         RunFolder(arguments.run),

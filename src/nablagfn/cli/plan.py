@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..options import apply_overrides, load_config
+from ..recipes.options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
 if TYPE_CHECKING:
     import torch
 
-    from ..planner import Plan, Seconds
+    from ..commands.planner import Plan, Seconds
 
 GB = 1e9
 
@@ -48,9 +48,9 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     config.check()
     import torch
 
-    from .. import planner
-    from ..distributed import process_state
-    from ..progress import console
+    from ..commands import planner
+    from ..runs.progress import console
+    from ..runtime.distributed import process_state
 
     rate = planner.parse_rate(arguments.rate) if arguments.rate else None
     if arguments.memory:
@@ -79,9 +79,9 @@ def prices(config: Config, device: torch.device, found: Plan) -> dict[str, Secon
     """Of each part here: timed, or where that takes too long at the rate of matrix products."""
     import torch
 
-    from .. import planner
-    from ..distributed import weight_dtype
-    from ..progress import console
+    from ..commands import planner
+    from ..runs.progress import console
+    from ..runtime.distributed import weight_dtype
 
     rate = planner.matmul_rate(device, weight_dtype(config, device), 0.3)
     if not planner.too_long(found, rate):
@@ -99,8 +99,8 @@ def prices(config: Config, device: torch.device, found: Plan) -> dict[str, Secon
 
 def show_time(config: Config, found: Plan, prices: Mapping[str, Seconds]) -> None:
     """Of an update and of the run."""
-    from .. import planner
-    from ..progress import console
+    from ..commands import planner
+    from ..runs.progress import console
 
     update = planner.total(found.passes, prices)
     inner = config.updates_per_epoch() * config.training.num_inner_epochs
@@ -117,7 +117,7 @@ def show(found: Plan, config: Config) -> None:
     """Two tables, and the options as they are typed."""
     from rich.table import Table
 
-    from ..progress import console
+    from ..runs.progress import console
 
     fixed = Table("always there", "GB")
     for name, value in found.fixed.items():

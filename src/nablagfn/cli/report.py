@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """RUN/report.html from the run's files, or one file about several runs."""
     from ..report import build, compare
-    from ..runfolder import RunFolder
+    from ..runs.runfolder import RunFolder
 
     folders = [RunFolder(run) for run in arguments.runs]
     if len(folders) > 1:

@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
 
 def sample(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Base and finetuned pictures from the same seeds, one row of each per prompt."""
-    from ..assemble import side_by_side
-    from ..runfolder import RunFolder
+    from ..commands.assemble import side_by_side
+    from ..runs.runfolder import RunFolder
 
     target = side_by_side(
         RunFolder(arguments.run),

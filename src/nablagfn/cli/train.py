@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ConfigError, set_option
-from ..options import apply_overrides, load_config
+from ..recipes.options import apply_overrides, load_config
 from .common import command, fail
 
 if TYPE_CHECKING:
-    from ..runfolder import RunFolder
-    from ..trainer import RunResult
+    from ..runs.runfolder import RunFolder
+    from ..training.trainer import RunResult
 
 
 def add(commands: Any) -> None:
@@ -45,7 +45,7 @@ def resolve_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Config
 
 def choose_folder(config: Config, exp_name: str, resume: str) -> RunFolder:
     """Where the run lives, by the --resume policy. Raises ConfigError for `must` without a run."""
-    from ..runfolder import check_same_settings, fresh_folder, run_folder
+    from ..runs.runfolder import check_same_settings, fresh_folder, run_folder
 
     folder = run_folder(config, exp_name)
     if resume == "never":
@@ -61,8 +61,8 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Everything is checked before the run folder is made."""
     config = resolve_config(arguments, rest)
     folder = choose_folder(config, arguments.exp_name, arguments.resume)
-    from ..assemble import build_trainer
-    from ..trainer import TrainingError
+    from ..commands.assemble import build_trainer
+    from ..training.trainer import TrainingError
 
     trainer = build_trainer(config, folder)
     try:

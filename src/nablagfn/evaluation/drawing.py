@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..kernels import KernelTable
-from ..rollout import rollout
-from ..types import Policy, Trajectories
+from ..core import rng
+from ..core.kernels import KernelTable
+from ..core.rollout import rollout
+from ..core.types import Policy, Trajectories
 
 
 def draw(

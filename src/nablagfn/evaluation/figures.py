@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..groups import rows_of
+from ..core import rng
+from ..core.types import View
 from ..metrics import diversity, prior
 from ..metrics.drift import feature_drift
+from ..metrics.groups import rows_of
 from ..metrics.intervals import Interval, percentile, resampled_counts, resampled_mean
-from ..types import View
 from .samples import Sample
 
 MOST_PAIRS = 2_000  # samples of which kid and mmd compare all pairs; of more, every second or third

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..pictures import GAP
-from ..types import View
+from ..core.types import View
 from .figures import Measured
+from .pictures import GAP
 from .samples import Sample
 
 COLUMNS = 16  # thumbnails in a row

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..critics import AnimalClassifier
-from ..distributed import gather
-from ..kernels import KernelTable
-from ..path_kl import path_kl
-from ..types import Policy, Reward, View
+from ..core.kernels import KernelTable
+from ..core.path_kl import path_kl
+from ..core.types import Policy, Reward, View
+from ..rewards.critics import AnimalClassifier
+from ..runtime.distributed import gather
 from .drawing import decoded, draw_paths
 
 

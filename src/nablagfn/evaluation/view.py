@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import pictures
-from ..extractors import Extractor, embedded
-from ..types import View
+from ..core.types import View
+from . import pictures
+from .extractors import Extractor, embedded
 
 THUMBNAIL = 128  # pixels of the longer side, at most
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..groups import pair_mean, rows_of
+from .groups import pair_mean, rows_of
 
 
 def pairwise_distance(

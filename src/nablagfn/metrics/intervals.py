@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..groups import rows_of
+from .groups import rows_of
 
 
 @dataclass(frozen=True)

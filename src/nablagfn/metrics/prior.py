@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..groups import pair_mean, rows_of
+from .groups import pair_mean, rows_of
 
 # ------------------------------------------------------------------------------ Fréchet
 

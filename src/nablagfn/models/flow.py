@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..types import Condition
+from ..core.types import Condition
 
 
 class UNetFlow(nn.Module):

@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from ..config import ConfigError
-from ..types import Policy
+from ..core.types import Policy
 from .stable_diffusion import quiet
 
 KEY = "config.model.guess_decoder"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..config import ConfigError
-from ..hub import hub_answers
+from ..runs.hub import hub_answers
 
 EMBEDDED = {"tiny-animals": Path(__file__).parent.parent / "assets" / "tiny-animals"}
 

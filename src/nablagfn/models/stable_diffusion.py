@@ -17,11 +17,11 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from .. import rng
 from ..config import ConfigError
-from ..kernels import eps_from_model_output
-from ..surrogate import wants_gradient
-from ..types import Condition, Metadata
+from ..core import rng
+from ..core.kernels import eps_from_model_output
+from ..core.surrogate import wants_gradient
+from ..core.types import Condition, Metadata
 from .flow import UNetFlow
 from .in_range import Border
 from .locate import locate

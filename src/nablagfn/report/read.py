@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from ..config import Config, ConfigError
-from ..runfolder import DIAGNOSTICS, GUARD, METRICS, RunFolder
+from ..runs.runfolder import DIAGNOSTICS, GUARD, METRICS, RunFolder
 
 T = TypeVar("T")
 Row = dict[str, Any]

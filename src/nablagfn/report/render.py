@@ -12,9 +12,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from ..advice import advise
 from ..config import ConfigError
-from ..runfolder import RunFolder, write_atomic
+from ..runs.advice import advise
+from ..runs.runfolder import RunFolder, write_atomic
 from . import figures, tables
 from .curves import curves, evaluated_curves
 from .frontier import Point, checkpoint_frontier, run_frontier

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from ..types import Metadata
+from ..core.types import Metadata
 from .pixels import shorter_side
 from .weights import CLIP_L, LAION_HEAD, Finder
 

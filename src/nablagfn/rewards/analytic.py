@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import Metadata, beside
+from ..core.types import Metadata, beside
 
 EPSILON = 1e-12  # keeps √0 differentiable on flat pictures
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import rng
-from ..surrogate import wants_gradient, with_gradient
-from ..types import Metadata, Reward
+from ..core import rng
+from ..core.surrogate import wants_gradient, with_gradient
+from ..core.types import Metadata, Reward
 
 JPEG_QUALITY = 95
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import rng
 from ..config import ConfigError
-from ..types import Metadata
+from ..core import rng
+from ..core.types import Metadata
 from .registry import NamedReward
 
 OK, WARN, FAIL, INFO = "ok", "warn", "FAIL", "info"

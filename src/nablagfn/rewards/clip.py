@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ..types import Metadata, beside
+from ..core.types import Metadata, beside
 
 CONTEXT = 77  # tokens, start and end included
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..surrogate import wants_gradient, with_gradient
-from ..types import Metadata, Reward
+from ..core.surrogate import wants_gradient, with_gradient
+from ..core.types import Metadata, Reward
 
 BETWEEN = re.compile(r"\s+([+-])\s+")
 TERM = re.compile(r"\s*(?P<sign>[+-]?)\s*(?:(?P<factor>[^\s*]+)\s*\*)?\s*(?P<name>[^\s*]+)\s*")

@@ -19,7 +19,7 @@ from transformers import BertTokenizer, BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..types import Metadata, beside
+from ..core.types import Metadata, beside
 from .aesthetic import Head
 from .pixels import shorter_side
 from .weights import BERT_WORDS, IMAGEREWARD, Finder

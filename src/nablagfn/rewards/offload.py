@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..costs import tensors_of
-from ..surrogate import wants_gradient, with_gradient
-from ..types import Metadata, Reward
+from ..core.surrogate import wants_gradient, with_gradient
+from ..core.types import Metadata, Reward
+from ..runtime.costs import tensors_of
 from .compose import Composition
 from .registry import NamedReward, named
 

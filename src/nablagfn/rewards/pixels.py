@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import beside
+from ..core.types import beside
 
 SIZE = 224
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, RewardSettings
-from ..surrogate import wants_gradient
-from ..types import Metadata, Reward
+from ..core.surrogate import wants_gradient
+from ..core.types import Metadata, Reward
 from . import analytic, blackbox
 from .blackbox import ZerothOrder
 from .compose import Component, Composition, Scores, parse, with_settings

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..critics import AestheticCritic, AlignmentCritic
-from ..types import Metadata
+from ..core.types import Metadata
+from .critics import AestheticCritic, AlignmentCritic
 
 CRITICS = Path(__file__).parent.parent / "assets" / "tiny-animals" / "critics"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..hub import HubFile, fetch, in_cache
+from ..runs.hub import HubFile, fetch, in_cache
 
 M = TypeVar("M", bound=nn.Module)
 

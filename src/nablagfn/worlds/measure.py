@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from .. import rng
+from ..core import rng
 from ..metrics.prior import kernel_across, kernel_within, rbf_widths
 from . import measures
 from .target import Target

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .. import rng
+from ..core import rng
 from .target import Target
 
 SHOWN = 4_000  # points per panel

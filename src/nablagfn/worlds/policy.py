@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import rng
 from ..config import ConfigError
-from ..kernels import predict_clean
-from ..types import Condition, Metadata
+from ..core import rng
+from ..core.kernels import predict_clean
+from ..core.types import Condition, Metadata
 from .mixture import Mixture
 from .world import World
 

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .. import kernels, rng
-from ..kernels import KernelTable
-from ..rollout import rollout
+from ..core import kernels, rng
+from ..core.kernels import KernelTable
+from ..core.rollout import rollout
 from .measures import mode_masses
 from .mixture import Mixture, tilted
 from .policy import WorldPolicy

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..groups import rows_of
-from ..kernels import KernelTable
+from ..core.kernels import KernelTable
+from ..metrics.groups import rows_of
 from . import plot
 from .measure import measure, of_prompt
 from .target import COUNT, Target

@@ -1,0 +1,61 @@
+"""`nablagfn check-reward NAME`: the table of `rewards.check`, with samples of the base model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Config, ConfigError
+from ..core.lookahead import LogReward
+from ..core.types import Policy
+from ..evaluation import decoded, draw_paths
+from ..methods.registry import build_kernel
+from ..prompts import load_prompts
+from ..rewards import NamedReward
+from ..rewards.check import Check, check_reward
+from ..runtime.distributed import process_state
+from .assemble import build_policy, build_reward
+
+
+def check(config: Config, samples: int) -> Check:
+    """Check `experiment.reward_fn` on noise and on `samples` pictures of `pretrained.model`.
+
+    Raises ConfigError when the reward, its weights, the prompts or the model are missing.
+    """
+    device = process_state().device
+    if samples == 1:
+        raise ConfigError("--samples: give at least 2, or 0 for none")
+    prompts = load_prompts(config.experiment.prompt_fn).spread(samples) if samples else ()
+    reward = build_reward(config, device)
+    if not samples:
+        return check_reward(reward, device=device)
+    policy = build_policy(config, device)
+    table = build_kernel(config, policy)
+    with policy.reference():
+        paths = draw_paths(policy, table, prompts, range(samples), seed=config.evaluation.seed)
+    latents = paths.clean
+    pictures = decoded(policy, latents)
+    return check_reward(
+        reward,
+        pictures,
+        prompts,
+        latent_gradient=latent_gradient(policy, reward, latents, prompts),
+    )
+
+
+def latent_gradient(
+    policy: Policy, reward: NamedReward, latents: Tensor, prompts: tuple[str, ...]
+) -> Tensor | None:
+    """∇_x r(decode(x)) at clean latents, one by one, [B, ...]; None when the reward has none."""
+    if not reward.differentiable:
+        return None
+    log_reward = LogReward(policy, reward, 1.0)
+    found = []
+    for latent, prompt in zip(latents, prompts, strict=True):
+        x = latent[None].detach().requires_grad_()
+        try:
+            value = log_reward(x, policy.condition([prompt], ()))
+        except ConfigError:  # the table says why
+            return None
+        found.append(torch.autograd.grad(value.sum(), x, allow_unused=True)[0])
+    return None if any(g is None for g in found) else torch.cat(found)

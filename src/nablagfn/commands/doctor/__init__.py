@@ -1,0 +1,60 @@
+"""`nablagfn doctor`: can this run work on this machine? Every check is one function and one row.
+
+Nothing is written, least of all into a run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ...config import Config, ConfigError
+from ...runtime.backoff import SAVE_MEMORY
+from . import machine, parts
+from .compiled import compiled
+from .records import Check, Finding, Patient, Row
+
+CHECKS = (
+    Check("versions", machine.versions),
+    Check("device", machine.devices),
+    Check("disk", machine.disk),
+    Check("hub", machine.hub),
+    Check("W&B", machine.wandb),
+    Check("batches", parts.batches),
+    Check("prompts", parts.prompts),
+    Check("reward", parts.reward),
+    Check("model", parts.model),
+    Check("memory", machine.memory, needs=("model", "reward")),
+    Check("denoiser and adapter", parts.denoiser, needs=("model", "prompts", "batches")),
+    Check("decoder", parts.decoder, needs=("model",)),
+    Check("reward's gradient", parts.gradient, needs=("model", "reward", "prompts")),
+    Check("flow network", parts.flow, needs=("model", "prompts")),
+    Check("compiled step", compiled, needs=("device", "batches", "prompts", "reward", "model")),
+)
+
+
+def examine(
+    config: Config, device: torch.device, checks: Sequence[Check] = CHECKS
+) -> Iterator[Row]:
+    """Every check in order, as it is done; one that needs what failed is skipped."""
+    patient, rows = Patient(config, device), dict[str, Row]()
+    for check in checks:
+        lacking = [n for n in check.needs if rows[n].finding.status in ("failure", "skipped")]
+        finding = Finding("skipped", f"needs: {', '.join(lacking)}")
+        rows[check.name] = Row(check.name, finding if lacking else _run(check, patient))
+        yield rows[check.name]
+
+
+def _run(check: Check, patient: Patient) -> Finding:
+    try:
+        return check.run(patient)
+    except ConfigError as error:  # says what to do
+        return Finding("failure", str(error))
+    except torch.OutOfMemoryError:
+        return Finding("failure", "out of memory", SAVE_MEMORY)
+    except Exception as error:  # a row, whatever a model or a user's reward raises
+        return Finding("failure", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+__all__ = ["CHECKS", "Check", "Finding", "Patient", "Row", "examine"]

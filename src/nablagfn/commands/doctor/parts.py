@@ -1,0 +1,109 @@
+"""Checks of the run: model, reward, prompts, batches, and each part once forward and back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ...core import rng
+from ...methods.registry import build_kernel
+from .records import Finding, Patient
+
+
+def model(patient: Patient) -> Finding:
+    """The pretrained model is found and loads."""
+    policy = patient.policy
+    shape = "x".join(map(str, policy.sample_shape))
+    return Finding("ok", f"{patient.config.pretrained.model}: samples of {shape}")
+
+
+def reward(patient: Patient) -> Finding:
+    """The reward is found and its weights load."""
+    found = patient.reward
+    return Finding("ok", found.name + ("" if found.differentiable else ", values only"))
+
+
+def prompts(patient: Patient) -> Finding:
+    found = patient.prompts
+    return Finding("ok", f"{len(found)} to train on, {len(found.held_out)} held out")
+
+
+def batches(patient: Patient) -> Finding:
+    """The divisions come out, over all processes; no two options contradict each other."""
+    config = patient.config
+    config.check()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    updates = config.updates_per_epoch() * config.training.num_inner_epochs
+    paths = config.sampling.batch_size * config.sampling.num_batches_per_epoch
+    text = f"{paths} paths x {processes} processes per epoch, {updates} updates"
+    if updates == 1 and config.model.unet_reg_scale:
+        fix = "--config.training.num_inner_epochs=2, or take it as it is"
+        return Finding("warning", f"{text}: the trust region has no effect", fix)
+    return Finding("ok", text)
+
+
+def denoiser(patient: Patient) -> Finding:
+    """ε_θ(x) with gradient to x and to the adapter."""
+    policy = patient.policy
+    started = time.perf_counter()
+    table = build_kernel(patient.config, policy)
+    x = _sample(patient).requires_grad_()
+    k = table.at_step(table.num_steps // 2, x)
+    eps = policy.eps(x, k.timestep, policy.condition(patient.prompts.prompts[:1], ()))
+    return _judge("", torch.autograd.grad(eps.square().sum(), [x, *policy.parameters()]), started)
+
+
+def decoder(patient: Patient) -> Finding:
+    """Picture of a sample, with gradient to the sample."""
+    started = time.perf_counter()
+    x = _sample(patient).requires_grad_()
+    images = patient.policy.decode(x)
+    shape = "x".join(map(str, images.shape[1:]))
+    return _judge(f"{shape}, ", torch.autograd.grad(images.square().sum(), x), started)
+
+
+def gradient(patient: Patient) -> Finding:
+    """Score of a picture, with gradient to its pixels where the reward has one."""
+    started = time.perf_counter()
+    with torch.no_grad():
+        images = patient.policy.decode(_sample(patient)).float()
+    images.requires_grad_(patient.reward.differentiable)
+    value = patient.reward(images, patient.prompts.prompts[:1], [{}])
+    text = f"{float(value.detach()):.3g}, "
+    if not patient.reward.differentiable:
+        return Finding("ok", f"{text}values only")
+    return _judge(text, torch.autograd.grad(value.sum(), images), started)
+
+
+def flow(patient: Patient) -> Finding:
+    """g_φ, with gradient to its weights."""
+    started = time.perf_counter()
+    settings, policy = patient.config.model, patient.policy
+    net = policy.make_flow(settings.flow_channel_width, settings.flow_layers_per_block, seed=0)
+    x, timestep = _sample(patient), torch.ones(1, dtype=torch.long, device=patient.device)
+    value = net(x, timestep, policy.condition(patient.prompts.prompts[:1], ()))
+    return _judge("", torch.autograd.grad(value.sum(), list(net.parameters())), started)
+
+
+def _sample(patient: Patient) -> Tensor:
+    """[1, ...] standard normal."""
+    shape = patient.policy.sample_shape
+    return rng.normal(shape, [0], seed=0, purpose="doctor").to(patient.device)
+
+
+def _judge(text: str, gradients: Iterable[Tensor], started: float) -> Finding:
+    """Finite, and not all zero."""
+    size = float(torch.stack([g.detach().float().square().sum() for g in gradients]).sum().sqrt())
+    text += f"gradient of size {size:.2g}, {time.perf_counter() - started:.1f} s"
+    if not torch.isfinite(torch.tensor(size)):
+        fix = "the weights are damaged, or try --config.training.mixed_precision=no"
+        return Finding("failure", text, fix)
+    if size == 0:
+        return Finding(
+            "failure", text, "nothing can be learned through this part: see check-reward"
+        )
+    return Finding("ok", text)

@@ -1,0 +1,119 @@
+"""`nablagfn export RUN`: write, prove, describe; the folder appears when all of that is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import worlds
+from ...config import Config, ConfigError
+from ...models.stable_diffusion import StableDiffusionPolicy, quiet
+from ...prompts import PromptSet
+from ...report.read import Record, read
+from ...runs.progress import Bar
+from ...runs.runfolder import RunFolder
+from ...runtime.distributed import process_state
+from ...training.checkpoint import load_policy
+from ..assemble import build_policy
+from .card import write_card
+from .forms import FORMS
+from .proof import Drawn, Proof, difference, draw
+
+FORMATS = (*FORMS, "all")
+PICTURES = 4  # drawn by each form
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model that was trained. name: of its run."""
+
+    policy: StableDiffusionPolicy
+    config: Config
+    name: str
+    drawn: Drawn
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was proved."""
+
+    folder: Path
+    proofs: list[Proof]
+
+
+def export(
+    folder: RunFolder,
+    *,
+    checkpoint: str = "",
+    form: str = "diffusers",
+    out: Path | None = None,
+    show_progress: bool = True,
+) -> Exported:
+    """Write OUT/FORM for each form, and OUT/README.md; default OUT: RUN/export/CHECKPOINT.
+
+    Raises ConfigError for a run in a world, without a (such) checkpoint, or damaged; when OUT
+    exists; and when a form draws other pictures than the trained model.
+    """
+    record = read(folder)
+    if worlds.is_world(record.config.pretrained.model):
+        raise ConfigError(
+            f"{folder.path} is a run in {record.config.pretrained.model}: there is no LoRA to "
+            "export; its adapter is checkpoints/…/adapter.safetensors"
+        )
+    chosen = folder.checkpoint(checkpoint)
+    target = out or folder.path / "export" / chosen.name
+    if target.exists():
+        raise ConfigError(f"{target} is there already: remove it, or give another --out")
+    forms = list(FORMS) if form == "all" else [form]
+    config = _in_float32(record.config)
+    trained = _trained(config, chosen, record)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with Bar("exporting", len(forms), show=show_progress) as bar:
+            proofs = []
+            for name in forms:
+                proofs.append(_prove(name, trained, partial / name))
+                bar.advance()
+        write_card(partial, record, chosen.name, proofs, trained.drawn)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Exported(target, proofs)
+
+
+def _in_float32(config: Config) -> Config:
+    """Other programs choose a precision of their own; the proof is in the finest."""
+    config = config.model_copy(deep=True)
+    config.training.mixed_precision = "no"
+    return config
+
+
+def _trained(config: Config, checkpoint: Path, record: Record) -> Trained:
+    """The model of a checkpoint by the trainer's own file, and its pictures."""
+    policy = build_policy(config, process_state().device)
+    assert isinstance(policy, StableDiffusionPolicy)
+    load_policy(policy, checkpoint)
+    prompts = PromptSet(record.prompts or ("a cat",)).spread(PICTURES)
+    with policy.reference():
+        before = draw(policy.pipeline, config, prompts)
+    after = draw(policy.pipeline, config, prompts)
+    return Trained(policy, config, record.name, Drawn(prompts, before, after))
+
+
+def _prove(name: str, trained: Trained, folder: Path) -> Proof:
+    """Write one form, load it afresh, and compare. Raises ConfigError when they differ."""
+    folder.mkdir()
+    form, drawn = FORMS[name], trained.drawn
+    with quiet():
+        form.write(trained.policy, trained.config, folder, trained.name)
+        fresh = form.load(trained.config, folder).to(trained.policy.device)
+    again = draw(fresh, trained.config, drawn.prompts)
+    change = difference(drawn.after, drawn.before)
+    proof = Proof(name, difference(again, drawn.after), change)
+    proof.check()
+    return proof

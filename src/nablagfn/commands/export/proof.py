@@ -1,0 +1,94 @@
+"""Proof of an export: the pictures of the model that was trained, drawn again by what was written.
+
+Both are drawn by the pipeline itself, as its users do, from the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from ...config import Config, ConfigError
+from ...core import rng
+
+GREY_LEVEL = 1 / 255  # two pictures that differ by less look alike in any file
+ROUNDING = 1e-4  # of float32, over the steps of a sampler
+SHARE = 0.1  # of what the finetuning changed: an export that lost a part of it is no export
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of the pretrained and the trained model, [B, H, W, 3] in [0, 1], one per prompt."""
+
+    prompts: tuple[str, ...]
+    before: np.ndarray
+    after: np.ndarray
+
+
+@dataclass(frozen=True)
+class Proof:
+    """difference: largest one of any pixel, exported against trained, in [0, 1]. change: the same
+    of trained against pretrained."""
+
+    form: str
+    difference: float
+    change: float
+
+    @property
+    def bound(self) -> float:
+        """What `difference` must not exceed."""
+        return max(ROUNDING, min(GREY_LEVEL, SHARE * self.change))
+
+    def check(self) -> None:
+        """Raises ConfigError when the difference is beyond its bound."""
+        if not self.difference <= self.bound:
+            raise ConfigError(
+                f"the {self.form} export draws other pictures than the trained model: they differ "
+                f"by {self.difference:.2g}, the bound is {self.bound:.2g}; nothing was written"
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.form}: reloaded, pictures differ by at most {self.difference:.2g} of 1 (bound "
+            f"{self.bound:.2g}; finetuning changed them by up to {self.change:.2g})"
+        )
+
+
+def set_sampler(pipeline: Any, config: Config) -> None:
+    """Give the pipeline the sampler of the run (docs/run_folder.md)."""
+    now = pipeline.scheduler.config
+    pipeline.scheduler = (
+        DPMSolverMultistepScheduler.from_config(
+            now,
+            algorithm_type="sde-dpmsolver++",
+            solver_order=1,
+            final_sigmas_type="sigma_min",
+        )
+        if config.sampling.scheduler == "dpm-solver"
+        else DDIMScheduler.from_config(now)
+    )
+
+
+def draw(pipeline: Any, config: Config, prompts: Sequence[str]) -> np.ndarray:
+    """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1]."""
+    set_sampler(pipeline, config)
+    sampling = config.sampling
+    noise = {} if sampling.scheduler == "dpm-solver" else {"eta": sampling.eta}
+    found: np.ndarray = pipeline(
+        list(prompts),
+        guidance_scale=sampling.guidance_scale,
+        num_inference_steps=sampling.num_steps,
+        generator=[rng.generator(0, "export", index=i) for i in range(len(prompts))],
+        output_type="np",
+        **noise,
+    ).images
+    return found
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """max |a − b|; NaN where either has one."""
+    return float(np.abs(a - b).max())

@@ -1,0 +1,274 @@
+"""What one row of each part of a run costs, counted on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import rewards, worlds
+from ...config import Config, ConfigError
+from ...core.types import Condition
+from ...models.stable_diffusion import StableDiffusionPolicy
+from ...rewards import NamedReward, components_of, modules_of
+from ...rewards.clip import ClipScore
+from ...rewards.imagereward import ImageReward
+from ...runtime.costs import Cost, cost, per_row, size_of, tensors_of
+from ...runtime.distributed import weight_dtype
+from .. import architectures
+
+META = torch.device("meta")
+PROMPT = "a"  # any will do
+NOTHING = Cost(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's model in numbers. fixed: bytes by what they are. The costs are those of one row, a
+    guided evaluation counting as one; `_checkpointed` with gradient checkpointing, `_free` without
+    gradient. sample: bytes of one x. visiting: of the reward's weights, if they are there while it
+    scores only."""
+
+    fixed: Mapping[str, float]
+    eps: Cost
+    eps_checkpointed: Cost
+    eps_free: Cost
+    decode: Cost
+    decode_free: Cost
+    reward: Cost
+    reward_free: Cost
+    flow: Cost
+    sample: float
+    visiting: float = 0.0
+
+    def prices(self, *, checkpointing: bool) -> dict[str, Cost]:
+        """FLOPs of one row, by the parts of `work.update_passes`."""
+        return {
+            "drawing": self.eps_free,
+            "U-Net": self.eps_checkpointed if checkpointing else self.eps,
+            "decoder": self.decode,
+            "reward": self.reward,
+            "flow network": self.flow,
+        }
+
+
+def measure(config: Config, device: torch.device) -> Parts:
+    """Counted for `config` on a device like this one.
+
+    Raises ConfigError when the model's configuration or the reward cannot be had.
+    """
+    if worlds.is_world(config.pretrained.model):
+        raise ConfigError(f"{config.pretrained.model} is a world: it fits into any memory")
+    with META:
+        subject = build_subject(config, weight_dtype(config, device), META)
+        parts = subject.parts(_fixed(config, subject))
+        return replace(parts, visiting=_visiting(config, subject.reward))
+
+
+def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Subject:
+    """The run's architecture with random weights on `place`, called inside its context. Raises
+    ConfigError like `measure`."""
+    pretrained, model = config.pretrained, config.model
+    pipeline = architectures.by_configuration(pretrained.model, pretrained.revision)
+    _cast(pipeline.unet, dtype)
+    _cast(pipeline.text_encoder, dtype)
+    _cast(pipeline.vae, torch.float32 if dtype == torch.float16 else dtype)
+    policy = StableDiffusionPolicy(
+        pipeline,
+        guidance_scale=config.sampling.guidance_scale,
+        lora_rank=model.lora_rank,
+        vae_checkpointing=config.training.vae_checkpointing,
+    )
+    flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
+    return Subject(policy, flow, _reward(config, place))
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _reward(config: Config, place: torch.device) -> NamedReward:
+    """The reward on `place`; the large ones by their architecture alone."""
+    name = config.experiment.reward_fn
+    if name in architectures.REWARDS:
+        reward = NamedReward(name, architectures.REWARDS[name]())
+    else:
+        with torch.device("cpu"):  # weights that are read are moved when they are there
+            reward = rewards.resolve(name, place, config.reward.weights, config.reward)
+    for module in modules_of(reward):
+        if isinstance(module, ImageReward):
+            module.text = _PassedBy(module.text)
+        if isinstance(module, ClipScore):  # prompts are encoded once, without gradient
+            width = module.model.config.projection_dim
+            module.remember(PROMPT, torch.zeros(width, device="cpu"))
+    return reward
+
+
+class _PassedBy(nn.Module):
+    """In place of BLIP's text encoder, which looks into its mask and so needs true tokens. Its
+    weights count; its work, a tenth of the picture encoder's, does not."""
+
+    def __init__(self, text: Any) -> None:
+        super().__init__()
+        self.text = text
+        self.width: int = text.config.hidden_size
+
+    def forward(self, encoder_hidden_states: Tensor, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=encoder_hidden_states[..., : self.width])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Something to run forward and, where `gradient`, back from its result.
+
+    known: the weights and inputs that it uses.
+    """
+
+    run: Callable[[], Tensor]
+    known: list[Tensor]
+    gradient: bool = True
+
+    def clear(self) -> None:
+        """Forget the gradients that it left."""
+        for tensor in self.known:
+            tensor.grad = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The parts of a run, each as a pass of some rows. Call them inside the device's context."""
+
+    policy: StableDiffusionPolicy
+    flow: nn.Module
+    reward: NamedReward
+
+    def parts(self, fixed: Mapping[str, float]) -> Parts:
+        with self.checkpointing(True):
+            checkpointed = self._cost(self.eps)
+        return Parts(
+            fixed=fixed,
+            eps=self._cost(self.eps),
+            eps_checkpointed=checkpointed,
+            eps_free=self._cost(self.eps, gradient=False),
+            decode=self._cost(self.decode),
+            decode_free=self._cost(self.decode, gradient=False),
+            reward=self._cost(self.score),
+            reward_free=self._cost(self.score, gradient=False),
+            flow=self._cost(self.guess),
+            sample=size_of([self.x(1)]),
+        )
+
+    def _cost(self, make: Callable[[int, bool], Pass], gradient: bool = True) -> Cost:
+        """Of one row."""
+        if make == self.score and not self.reward.differentiable:
+            return NOTHING  # a black box may need true pictures
+
+        def of(rows: int) -> Cost:
+            made = make(rows, gradient)
+            found = cost(made.run, made.known, gradient=gradient)
+            made.clear()
+            return found
+
+        return per_row(of)
+
+    def x(self, rows: int) -> Tensor:
+        """Varied numbers. The device is named: transformers patches linspace while it loads a
+        model, and if torch first lists its constructors then, the context forgets linspace."""
+        shape = (rows, *self.policy.sample_shape)
+        return torch.linspace(-2, 2, math.prod(shape), device=self.policy.device).reshape(shape)
+
+    def text(self, rows: int) -> Tensor:
+        words = self.policy.pipeline.text_encoder.config
+        return torch.zeros(rows, words.max_position_embeddings, words.hidden_size)
+
+    def eps(self, rows: int, gradient: bool) -> Pass:
+        policy, copies = self.policy, 1 if self.policy.guidance_scale == 1.0 else 2
+        x = self.x(rows).requires_grad_(gradient)
+        time = torch.zeros(copies * rows, dtype=torch.long)
+        text = self.text(copies * rows).to(policy.dtype)
+
+        def run() -> Tensor:
+            seen = torch.cat([x] * copies).to(policy.dtype)
+            return policy.unet(seen, time, text, return_dict=False)[0].float()
+
+        return Pass(run, [*tensors_of([policy.unet]), x, time, text], gradient)
+
+    @contextlib.contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Inside it the U-Net's activations are recomputed, if `on`."""
+        unet = self.policy.unet
+        if on:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        try:
+            yield
+        finally:
+            unet.disable_gradient_checkpointing()
+            unet.eval()
+
+    def decode(self, rows: int, gradient: bool) -> Pass:
+        x = self.x(rows).requires_grad_(gradient)
+        run = functools.partial(self.policy.decode, x)
+        return Pass(run, [*tensors_of([self.policy.vae]), x], gradient)
+
+    def score(self, rows: int, gradient: bool) -> Pass:
+        """Of pictures; a black box has no way back."""
+        gradient = gradient and self.reward.differentiable
+        with torch.no_grad():
+            images = self.policy.decode(self.x(rows))
+        images.requires_grad_(gradient)
+
+        def run() -> Tensor:
+            try:
+                return self.reward(images, [PROMPT] * rows, [{}] * rows)
+            except (RuntimeError, NotImplementedError, ConfigError) as error:
+                raise ConfigError(
+                    f"config.experiment.reward_fn={self.reward.name!r} cannot be counted without "
+                    f"pictures ({error}): plan with a built-in reward of its size"
+                ) from None
+
+        return Pass(run, [*tensors_of(modules_of(self.reward)), images], gradient)
+
+    def guess(self, rows: int, gradient: bool) -> Pass:
+        x, text, time = self.x(rows), self.text(rows), torch.zeros(rows, dtype=torch.long)
+        where = Condition((PROMPT,) * rows, ({},) * rows, text)
+        run = functools.partial(self.flow, x, time, where)
+        return Pass(run, [*tensors_of([self.flow]), x, text, time], gradient)
+
+
+def learns_flow(config: Config) -> bool:
+    learns = config.experiment.method in ("nabla-db", "nabla-db-lambda", "dag-db")
+    return learns and not config.model.no_flow
+
+
+def _fixed(config: Config, subject: Subject) -> dict[str, float]:
+    """Bytes of weights, and of gradients and moments of what is trained."""
+    pipeline, theta = subject.policy.pipeline, size_of(subject.policy.parameters())
+    flow = size_of(subject.flow.parameters()) if learns_flow(config) else 0
+    moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
+    copies = 2 + moments  # of the float32 weights, gradients among them
+    speed = config.speed
+    words, reward = tensors_of([pipeline.text_encoder]), tensors_of(modules_of(subject.reward))
+    return {
+        "U-Net": size_of(tensors_of([pipeline.unet])) - theta,
+        "VAE": size_of(tensors_of([pipeline.vae])),
+        "text encoder": 0 if speed.offload_text_encoder else size_of(words),
+        "reward": 0 if speed.offload_reward else size_of(reward),
+        "LoRA and its optimizer": copies * theta,
+        "flow network and its optimizer": copies * flow,
+    }
+
+
+def _visiting(config: Config, reward: NamedReward) -> float:
+    """Bytes of the largest component's weights, where they come and go."""
+    if not config.speed.offload_reward:
+        return 0.0
+    return max(size_of(tensors_of(modules_of(part))) for part in components_of(reward))

@@ -1,0 +1,1 @@
+"""The mathematics that every method shares; it needs torch only."""

@@ -1,0 +1,48 @@
+"""`no_flow`: the forward-looking guess alone, v̂ = β·γ·∇r(x̂_θ(x_{k+1})) (Liu et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+
+from ...core.kernels import Step
+from ...core.lookahead import Attenuation, LogReward, guess
+from ...core.types import Policy, Transitions
+from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
+
+
+class Guess(Estimator):
+    """Nothing learned beside the policy: cheapest in memory, biased at early steps.
+
+    frozen_guess: x̂ of the pretrained model instead of the finetuned one.
+    """
+
+    needs_input_graph = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        log_reward: LogReward,
+        mode: Attenuation,
+        *,
+        frozen_guess: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.log_reward = log_reward
+        self.mode = mode
+        self.frozen_guess = frozen_guess
+        self.modules = nn.ModuleDict()
+
+    def ahead(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+    ) -> Mapping[str, Tensor]:
+        """One reward gradient at x_{k+1}."""
+        with self.policy.reference() if self.frozen_guess else nullcontext():
+            found = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
+        return {"guess": found.gradient}
+
+    def __call__(self, here: Evaluated) -> Estimate:
+        value = here.ahead["guess"]
+        return Estimate(value, metrics={"guess_sq": mean_square(value)})

@@ -1,0 +1,204 @@
+"""∇-DB(λ): the flow network is fitted to the λ-return of value gradients (docs/nabla_db_lambda.md).
+
+    V(x_k) = β·γ_k·∇r(x̂(x_k)) + g_φ(x_k),   V(x_N) = β∇r(x_N)
+    v̂(x_{k+1}) = v_{k+1} = (1−λ)·V(x_{k+1}) + λ·G_{k+1}
+    own loss: ‖ w_k [ V(x_k) − G_k ] ‖²,      G_k = J_{m_#}(x_k)ᵀ v_{k+1}, detached
+
+v̂ is detached: θ is fitted to it by the matching loss, φ by its own loss only. λ = 0 needs the
+chosen transitions alone. λ > 0 sweeps the rest of each path; or, with `window`, only the chosen
+transitions, which are then neighbours, and V ends the return where the window ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ...core import kernels
+from ...core.bellman import Backed, Pass, Returns, adjoint, returns, sweep
+from ...core.kernels import KernelTable, Step
+from ...core.lookahead import (
+    Attenuation,
+    LogReward,
+    attenuation,
+    guess,
+    row_attenuation,
+    terminal_gradient,
+)
+from ...core.types import Condition, Policy, Selection, Transitions
+from ...core.value_gradient import (
+    Estimate,
+    Estimator,
+    Evaluated,
+    StepWeight,
+    mean_square,
+    step_weight,
+)
+
+
+class NablaDBLambda(Estimator):
+    """flow: g_φ, or None for the guess alone (λ = 1 over whole paths has no use for it). hint: g_φ
+    also sees the guess's x̂(x), which is at hand.
+
+    frozen_guess: x̂ of the pretrained model (the guess and the Bellman target at x_k then pass
+    through the same ε_#) or of the finetuned one. window: transitions are chosen as a window.
+    chunk: paths per sweep.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        log_reward: LogReward,
+        table: KernelTable,
+        mode: Attenuation,
+        flow: nn.Module | None,
+        *,
+        lam: float,
+        weight: StepWeight,
+        frozen_guess: bool,
+        window: bool = False,
+        hint: bool = False,
+        chunk: int,
+    ) -> None:
+        self.policy = policy
+        self.log_reward = log_reward
+        self.table = table
+        self.mode = mode
+        self.flow = flow
+        self.lam = lam
+        self.weight = weight
+        self.frozen_guess = frozen_guess
+        self.sweeps = window or lam > 0
+        self.window = window
+        self.hint = hint
+        self.chunk = chunk
+        self.needs_input_graph = flow is not None and not self.sweeps
+        self.modules = nn.ModuleDict({} if flow is None else {"flow": flow})
+
+    def limit_rows(self, rows: int) -> None:
+        self.chunk = rows
+
+    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+        """v_{k+1}, g_φ's target and ε_#(x_k) of the chosen transitions; nothing without sweep."""
+        if not self.sweeps:
+            return {}
+        count = len(chosen.paths.condition)
+        if self.window:
+            steps = chosen.step.reshape(count, -1)
+            first, length = steps[:, 0], steps.shape[1]
+        else:
+            start = int(chosen.step.min())
+            first, length = torch.full((count,), start), self.table.num_steps - start
+        return sweep(chosen, first, length, self.chunk, self.returns)
+
+    def returns(self, x: Tensor, first: Tensor, condition: Condition) -> Returns:
+        """The λ-return over a stretch of paths that ends in V: β∇r(x_N) at the clean end."""
+        into_end = self.table.at(first + x.shape[1] - 2, x[:, -1])
+        end = self.value(x[:, -1], into_end, condition)
+        needs_v = self.flow is not None or self.lam < 1
+        backup = self.backup if needs_v else adjoint
+        return returns(self.policy, self.table, x, first, condition, end, backup)
+
+    def backup(self, here: Pass, v_next: Tensor, at_start: bool) -> Backed:
+        """v_k and g_φ's target from v_{k+1}; the frozen guess needs no pass of its own.
+
+        The guess and G_k each take a backward pass; where only their difference counts, one does.
+        """
+        if at_start and self.flow is None:
+            return Backed()
+        guessing = here
+        if not self.frozen_guess:
+            guessing = Pass.at(self.policy, here.x, here.k, here.condition, frozen=False)
+        x_clean = guessing.x_clean()
+        slope = terminal_gradient(self.log_reward, x_clean, here.condition)
+        slope = attenuation(here.k.alpha_bar, self.mode) * slope
+        if at_start and self.frozen_guess:
+            return Backed(rest=here.product([here.mean(), x_clean], [v_next, -slope]))
+        known = guessing.product([x_clean], [slope])
+        back = here.pull_back(v_next)
+        value = known + self._learned(here.x, here.k.timestep, here.condition, x_clean)
+        return Backed(mixed=(1 - self.lam) * value + self.lam * back, rest=back - known)
+
+    def ahead(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Without a sweep v̂(x_{k+1}), and g_φ's target where it needs no ε_θ(x_k)."""
+        if self.sweeps:
+            return {}
+        v = self.value(batch.x_next, k, batch.condition)
+        if self.flow is None or not self.frozen_guess:
+            return {"return_next": v}
+        return {"return_next": v, "return_rest": self._frozen_target(batch, k, x, eps_ref, v)}
+
+    def __call__(self, here: Evaluated) -> Estimate:
+        """v̂(x_{k+1}), and the flow's own loss at x_k."""
+        batch = here.batch
+        known = batch.signals if self.sweeps else here.ahead
+        v = known["return_next"]
+        metrics = {"value_gradient_sq": mean_square(v)}
+        if self.flow is None:
+            return Estimate(v, metrics=metrics)
+        target = known["return_rest"] if "return_rest" in known else self._target(here, v)
+        hint = (self._x_clean(here).detach(),) if self.hint else ()
+        learned = self.flow(batch.x, here.k.timestep, batch.condition, *hint)
+        error = step_weight(here.k, self.weight) * (learned - target)
+        metrics["flow_sq"] = mean_square(learned.detach())
+        return Estimate(v, terms={"bellman": mean_square(error)}, metrics=metrics)
+
+    def value(self, x_next: Tensor, k: Step, condition: Condition) -> Tensor:
+        """V(x_{k+1}), detached, [M, ...]; exact at the clean end."""
+        with self.policy.reference() if self.frozen_guess else nullcontext():
+            known = guess(self.log_reward, self.policy, x_next, k, condition, self.mode)
+        learned = self._learned(x_next, k.timestep_next, condition, known.x_clean)
+        return known.gradient + torch.where(_rows(k.last, learned), 0.0, learned)
+
+    def _frozen_target(
+        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor, v: Tensor
+    ) -> Tensor:
+        """G_k − β·γ_k·∇r(x̂_#(x_k)), detached, [M, ...]; frees the graph of ε_#(x_k).
+
+        Both terms pass through it: one backward pass with both cotangents.
+        """
+        with torch.enable_grad():
+            x_clean = kernels.predict_clean(x, eps_ref, k.alpha_bar)
+            value = self.log_reward(x_clean, batch.condition)
+            m = kernels.mean(x, eps_ref, k)
+        with self.policy.reference():
+            (rest,) = torch.autograd.grad(
+                (m, value), x, (v, -row_attenuation(k.alpha_bar, self.mode, value))
+            )
+        return rest
+
+    def _target(self, here: Evaluated, v: Tensor) -> Tensor:
+        """The same with the finetuned model's guess at x_k."""
+        with torch.enable_grad():
+            value = self.log_reward(self._x_clean(here), here.batch.condition)
+            m = kernels.mean(here.x, here.eps_ref, here.k)
+        gamma = row_attenuation(here.k.alpha_bar, self.mode, value)
+        (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
+        with self.policy.reference():
+            (back,) = torch.autograd.grad(m, here.x, v)
+        return back - known
+
+    def _learned(
+        self, x: Tensor, timestep: Tensor, condition: Condition, x_clean: Tensor
+    ) -> Tensor:
+        """g_φ, detached, [M, ...]; zero without one."""
+        if self.flow is None:
+            return torch.zeros_like(x)
+        hint = (x_clean.detach(),) if self.hint else ()
+        with torch.no_grad():
+            return self.flow(x, timestep, condition, *hint)
+
+    def _x_clean(self, here: Evaluated) -> Tensor:
+        """x̂(x_k) of the model that guesses, [M, ...]."""
+        eps = here.eps_ref if self.frozen_guess else here.eps
+        return kernels.predict_clean(here.x, eps, here.k.alpha_bar)
+
+
+def _rows(flags: Tensor, like: Tensor) -> Tensor:
+    """[M] booleans shaped to broadcast against `like` [M, ...]."""
+    return flags.reshape(-1, *([1] * (like.ndim - 1)))

@@ -1,0 +1,101 @@
+"""DAG-DB (Zhang et al. 2024, arXiv 2406.00633): detailed balance of a scalar flow.
+
+    loss = ( log F̃(x_k) + log p_θ(x_{k+1}|x_k) − log p_#(x_{k+1}|x_k) − log F̃(x_{k+1}) )²
+    log F̃(x_k) = β·γ_k·r(decode(x̂(x_k))) + s_φ(x_k),   log F̃(x_N) = β·r(decode(x_N))
+
+in nats², the log-densities summed over elements. s_φ sums the flow network's output over elements.
+Zero loss everywhere makes p_θ the sampler of p_#·exp(β·r); F̃(x_0) is then each prompt's own
+normaliser, which s_φ has to learn. No gradient of the reward, none into x̂.
+
+Where this differs: the paper has no prior term. It targets R alone, with the noising kernel
+q(x_k|x_{k+1}) as backward policy where p_# stands here, and F in place of F̃ = F/F_#.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ...core import kernels
+from ...core.kernels import KernelTable, Step
+from ...core.lookahead import Attenuation, LogReward, row_attenuation
+from ...core.rollout import StepChoice
+from ...core.types import Condition, Losses, Objective, Policy, Selection, Transitions, beside
+
+
+class DagDB(Objective):
+    """flow: its output [M, ...] is summed to s_φ [M].
+
+    frozen_guess: x̂ of the pretrained model instead of the finetuned one.
+    """
+
+    uses_reward_gradient = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        log_reward: LogReward,
+        table: KernelTable,
+        mode: Attenuation,
+        flow: nn.Module,
+        *,
+        frozen_guess: bool = False,
+        steps: StepChoice = StepChoice(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.policy = policy
+        self.log_reward = log_reward
+        self.table = table
+        self.mode = mode
+        self.flow = flow
+        self.frozen_guess = frozen_guess
+        self.steps = steps
+        self.modules = nn.ModuleDict({"flow": flow})
+
+    def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        return self.steps(num_steps, generator)
+
+    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+        """log_reward [M]: log F̃(x_N) = β·r of each transition's own path, as it was measured."""
+        assert chosen.paths.reward is not None
+        return {"log_reward": self.log_reward.scale * chosen.paths.reward[chosen.row]}
+
+    def losses(self, batch: Transitions) -> Losses:
+        k = self.table.at(batch.step, batch.x)
+        with self.policy.reference(), torch.no_grad():
+            eps_ref = self.policy.eps(batch.x, k.timestep, batch.condition)
+        with torch.enable_grad():
+            eps = self.policy.eps(batch.x, k.timestep, batch.condition)
+            log_ratio = kernels.log_ratio(batch.x, batch.x_next, eps, eps_ref, k).flatten(1).sum(1)
+            eps_guess = eps_ref if self.frozen_guess else eps.detach()
+            here = self._guess(batch.x, eps_guess, k.alpha_bar, batch.condition)
+            here = here + self._flow(batch.x, k.timestep, batch.condition)
+            residual = here + log_ratio - self.log_flow_next(batch, k)
+        return Losses({"balance": residual.square()}, {"log_ratio": log_ratio.detach()})
+
+    def log_flow_next(self, batch: Transitions, k: Step) -> Tensor:
+        """log F̃(x_{k+1}), [M]: β·r where x_{k+1} is clean, which costs no evaluation."""
+        known = batch.signals["log_reward"].to(batch.x.dtype)
+        if not len(k.noisy):
+            return known
+        rows = beside(k.noisy, known)
+        x, timestep = batch.x_next[rows], k.timestep_next[rows]
+        where = batch.condition[k.noisy]
+        model = self.policy.reference() if self.frozen_guess else nullcontext()
+        with model, torch.no_grad():
+            eps = self.policy.eps(x, timestep, where)
+        value = self._guess(x, eps, k.alpha_bar_next[rows], where) + self._flow(x, timestep, where)
+        return known.index_put((rows,), value.to(known.dtype))
+
+    def _guess(self, x: Tensor, eps: Tensor, alpha_bar: Tensor, condition: Condition) -> Tensor:
+        """β·γ·r(decode(x̂)), a constant, [M]."""
+        with torch.no_grad():
+            value = self.log_reward(kernels.predict_clean(x, eps, alpha_bar), condition)
+        return row_attenuation(alpha_bar, self.mode, value) * value
+
+    def _flow(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """s_φ(x), [M]."""
+        scalar: Tensor = self.flow(x, timestep, condition).flatten(1).sum(1)
+        return scalar

@@ -1,0 +1,1 @@
+"""The machine under a run: processes, memory, optimizers, and what operations cost."""

@@ -1,0 +1,1 @@
+"""One run: the loop, its updates, its checkpoints, its guard, and who watches it."""

@@ -1,0 +1,356 @@
+"""The training loop: draw trajectories, choose transitions, minimise the objective, save.
+
+It names no objective, no model and no reward: `Policy`, `Reward` and `Objective` are protocols.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .. import report
+from ..config import Config, ConfigError, set_option
+from ..core.counting import Counts, compilations, counted
+from ..core.rollout import fingerprints
+from ..core.types import Policy, Reward, Trajectories, View
+from ..evaluation import Evaluator, Measurement, PictureView
+from ..evaluation.extractors import load_extractor
+from ..methods.registry import build_kernel, build_objective
+from ..models.locate import critics_of
+from ..prompts import PromptSet
+from ..rewards import NamedReward, Scores, named, resolve_all
+from ..runs import runfolder
+from ..runs.progress import Bar, StopRequest, console
+from ..runs.runfolder import RunFolder
+from ..runtime import backoff, distributed
+from ..runtime.optimizers import schedule_lr
+from .checkpoint import CheckpointIO, Position, load_policy
+from .collect import Collector
+from .guard import Guard, Tempered
+from .observe import Observer
+from .runlog import RunLog, make_accelerator
+from .updater import TrainingError, Updater, require_finite
+
+
+def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
+    """The options as they are really used: what was passed in as objects goes before the config."""
+    config = config.model_copy(deep=True)
+    for key, value in {**policy.settings(), "experiment.reward_fn": reward.name}.items():
+        set_option(config, key, value)
+    config.check()
+    return config
+
+
+def check_device(policy: Policy, accelerator: Accelerator) -> None:
+    """Raises ConfigError when the policy lies elsewhere than this process trains."""
+    if policy.device.type != accelerator.device.type:
+        raise ConfigError(
+            f"the policy is on {policy.device.type}, this process trains on "
+            f"{accelerator.device.type}: load the policy there"
+        )
+
+
+def check_shards(policy: Policy, config: Config) -> None:
+    """Raises ConfigError when the config asks for shards and the policy is whole."""
+    if config.training.shard_base and not policy.together:
+        raise ConfigError(
+            "config.training.shard_base=True, but the policy is whole: load it with "
+            "StableDiffusionPolicy.from_pretrained(…, shard=True), or leave the option out"
+        )
+
+
+class Stopped(Exception):
+    """A stop was requested within an epoch; the run goes on from the epoch's start."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `fit` returns. before, after: None without `evaluation.num_prompts` or the end."""
+
+    folder: Path
+    updates: int
+    finished: bool
+    before: Measurement | None = None
+    after: Measurement | None = None
+
+    @property
+    def report(self) -> Path:
+        """The run's report.html."""
+        return RunFolder(self.folder).report
+
+
+class Trainer:
+    """Finetunes `policy` towards p_pretrained·exp(β·reward).
+
+    prompts: what the model is asked to draw. folder: the run folder (default:
+    `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
+    view: how samples are measured and shown (default: as pictures). held_out: rewards to measure
+    beside the trained one, by name (`evaluation.held_out_rewards`).
+    Raises ConfigError, before anything is written, when settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        prompts: PromptSet,
+        config: Config,
+        *,
+        folder: RunFolder | None = None,
+        accelerator: Accelerator | None = None,
+        view: View | None = None,
+        held_out: Mapping[str, Reward] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        reward = named(reward)
+        check_shards(policy, config)
+        self.config = config = settle(config, policy, reward)
+        self.policy, self.reward, self.prompts = policy, reward, prompts
+        self.updates_per_epoch = config.updates_per_epoch() * config.training.num_inner_epochs
+        self.folder = folder or runfolder.run_folder(config, "")
+        if self.folder.exists:
+            runfolder.check_same_settings(self.folder.config(), config, self.folder.path)
+        self.accelerator = accelerator or make_accelerator(config, self.folder)
+        check_device(policy, self.accelerator)
+        self.show = show_progress and self.accelerator.is_main_process
+        distributed.set_backend_flags(config)
+        self.table = build_kernel(config, policy)
+        self.counts = Counts()
+        working = counted(policy, self.counts)
+        self.guard = Guard(config.guard)
+        self.objective = build_objective(
+            config, working, Tempered(reward, self.guard), prompts, self.table
+        )
+        self.updater = Updater(self.accelerator, policy, self.objective, config)
+        self.log = RunLog(self.accelerator, self.folder, config)
+        self.collector = Collector(
+            working,
+            self.table,
+            prompts,
+            config,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        self.observer = self._make_observer(view, held_out)
+        self.checkpoints = CheckpointIO(
+            self.folder.checkpoints,
+            policy,
+            self.objective.modules,
+            self.updater.optimizer,
+            self.updater.scaler,
+            self.guard,
+            limit=config.logging.num_checkpoint_limit,
+        )
+
+    def _make_observer(self, view: View | None, held_out: Mapping[str, Reward] | None) -> Observer:
+        config, device = self.config, self.policy.device
+        wanted, weights = config.evaluation, config.reward.weights
+        if view is None:
+            view = PictureView(load_extractor(wanted.extractor, device, weights))
+        if held_out is None:
+            held_out = resolve_all(wanted.held_out_rewards, device, weights)
+        evaluator = Evaluator(
+            self.accelerator,
+            self.policy,
+            self.reward,
+            self.table,
+            batch_size=wanted.batch_size or config.sampling.batch_size,
+            seed=wanted.seed,
+            view=view,
+            critics=critics_of(config.pretrained.model),
+            held_out=held_out,
+        )
+        prompts = self.prompts.evaluation
+        return Observer(evaluator, self.folder, prompts, config, show=self.show)
+
+    # ------------------------------------------------------------------ the run
+
+    def fit(self) -> RunResult:
+        """Train to `training.num_epochs`, continuing from the newest checkpoint if there is one.
+
+        Raises TrainingError when the loss is no longer finite, or when one transition at a time
+        is too much for the device's memory.
+        """
+        with self.folder.lock() if self.accelerator.is_main_process else nullcontext():
+            try:
+                return self._fit()
+            except torch.OutOfMemoryError:
+                advice = backoff.SAVE_MEMORY
+                if self.policy.together:
+                    advice = f"lower config.training.micro_batch, {advice}"
+                raise TrainingError(f"out of memory: {advice}", alone=True) from None
+
+    def _fit(self) -> RunResult:
+        """`fit`, with the run folder held."""
+        position = self._open_run()
+        epochs = self.config.training.num_epochs
+        before = self.observer.before()
+        untold = self.config.speed.compiles
+        with (
+            StopRequest(show=self.show) as stop,
+            Bar(
+                "training", epochs * self.updates_per_epoch, position.update, show=self.show
+            ) as bar,
+        ):
+            while position.epoch < epochs and not self.guard.state.stopped:
+                start = self.checkpoints.snapshot(position)
+                try:
+                    position = self._epoch(position, bar, stop)
+                except Stopped:
+                    position = self.checkpoints.restore(start)
+                    self._save(position)
+                    break
+                self._save_if_due(position)
+                if untold:
+                    bar.line(compilations())
+                    untold = False
+        finished = position.epoch == epochs or self.guard.state.stopped
+        after = self.observer.after(self._take_best(position)) if finished else None
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self.folder.truncate(position.update)
+            report.build(self.folder)
+        return RunResult(self.folder.path, position.update, finished, before, after)
+
+    def _open_run(self) -> Position:
+        """Create or reopen the run folder; every process starts from the same position."""
+        if self.accelerator.is_main_process:
+            self.folder.write_json("versions.json", self._versions())
+            self.folder.write_json("prompts.json", list(self.prompts.prompts))
+            self.folder.write_json("held_out.json", list(self.prompts.held_out))
+            self.folder.write_json("config.json", self.config.model_dump(mode="json"))
+        self.accelerator.wait_for_everyone()
+        position = self.checkpoints.load_latest()
+        if self.accelerator.is_main_process:
+            self.folder.truncate(position.update)
+        self._write_guard()
+        self.log.open()
+        if self.show and self.config.model.unet_reg_scale and self.updates_per_epoch == 1:
+            console.print(
+                "note: model.unet_reg_scale has no effect with one update per epoch, because the "
+                "samples are drawn by the very parameters that are updated"
+            )
+        return position
+
+    def _versions(self) -> dict[str, str]:
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        processes = str(self.accelerator.num_processes)
+        return {**runfolder.versions(), "device": name, "processes": processes}
+
+    def _due(self, every: int, epoch: int) -> bool:
+        """True every `every` epochs and at the end; never for 0."""
+        return every > 0 and (epoch % every == 0 or epoch == self.config.training.num_epochs)
+
+    def _save_if_due(self, position: Position) -> None:
+        """Every `logging.save_freq` epochs, at the end, and what the guard wants to keep."""
+        wanted = self.guard.best_checkpoint == runfolder.checkpoint_name(position.update)
+        stopped = self.guard.state.stopped
+        if wanted or stopped or self._due(self.config.logging.save_freq, position.epoch):
+            self._save(position)
+            self._write_guard()
+
+    def _write_guard(self) -> None:
+        if self.accelerator.is_main_process and self.config.guard.active:
+            self.folder.write_json(runfolder.GUARD, self.guard.state_dict())
+
+    def _take_best(self, position: Position) -> int:
+        """Make the guard's best checkpoint, if there is one, the policy; the updates behind it."""
+        best = self.guard.state.best
+        if best is None or best["update"] == position.update:
+            return position.update
+        load_policy(self.policy, self.folder.checkpoints / best["checkpoint"])
+        update: int = best["update"]
+        return update
+
+    def _save(self, position: Position) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(position)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------ one epoch
+
+    def _epoch(self, position: Position, bar: Bar, stop: StopRequest) -> Position:
+        """Draw samples with the parameters of now, update on them, log. May raise Stopped."""
+        started = time.perf_counter()
+        epoch, update = position.epoch, position.update
+        bar.note("sampling")
+        drawn = self.collector.collect(epoch, between=lambda: self._leave_if_asked(stop))
+        scores = self._scores(drawn)
+        drawn = replace(drawn, reward=scores.total)
+        rewards = {**self._observe(drawn), **self._components(scores)}
+        require_finite(rewards["reward"], "the reward", "check the reward function")
+        bar.note(f"reward {rewards['reward']:.3g}")
+        for inner in range(self.config.training.num_inner_epochs):
+            for chosen in self.collector.batches(drawn, epoch, inner, self.objective):
+                self._leave_if_asked(stop)
+                total = self.config.training.num_epochs * self.updates_per_epoch
+                schedule_lr(self.updater.optimizer, self.config.training, update / total)
+                done = self.updater.update(chosen)
+                row = {**rewards, **done.metrics, **self.counts.take()}
+                update += 1
+                seconds = position.seconds + time.perf_counter() - started
+                if bar.advance() == (epoch + 1) * self.updates_per_epoch:
+                    row |= self._look(epoch + 1, update, bar)
+                row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
+                self.log.write(update, row, done.by_step)
+        self.observer.advise(bar, self.log.rows, self.log.by_step)
+        return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
+
+    def _look(self, epoch: int, update: int, bar: Bar) -> dict[str, float]:
+        """Measure fixed-seed samples where an epoch ends that wants it, and let the guard judge."""
+        grid = self._due(self.config.logging.sample_freq, epoch)
+        if not grid and not self._due(self.config.logging.eval_freq, epoch):
+            return {}
+        seen = self.observer.probe(epoch, bar, grid=grid)
+        said = self.guard.judge(update, seen.probe)
+        if said:
+            bar.line(said)
+        return seen.metrics
+
+    def _leave_if_asked(self, stop: StopRequest) -> None:
+        """On every process when one was asked to stop."""
+        if distributed.any_process(self.accelerator, stop.requested):
+            raise Stopped
+
+    def _scores(self, drawn: Trajectories) -> Scores:
+        """The reward of each trajectory's end, for its own prompt, and its components, [B] each."""
+        found = []
+        size = self.config.sampling.batch_size
+        for rows in torch.arange(len(drawn.condition)).split(size):
+            where = drawn.condition[rows]
+            with torch.no_grad():
+                images = self.policy.decode(drawn.clean[rows.to(drawn.x.device)])
+                found.append(self.reward.scores(images.float(), where.prompts, where.metadata))
+        return Scores(
+            torch.cat([scores.total.float() for scores in found]),
+            {name: torch.cat([scores.parts[name] for scores in found]) for name in found[0].parts},
+        )
+
+    def _observe(self, drawn: Trajectories) -> dict[str, float]:
+        """Tell the objective this epoch's rewards; their figures, over all processes."""
+        assert drawn.reward is not None
+        noise = fingerprints(drawn.x[:, 0])
+        mine = zip(drawn.condition.prompts, drawn.reward.tolist(), noise, strict=True)
+        prompts, values, starts = zip(
+            *distributed.gather(self.accelerator, list(mine)), strict=True
+        )
+        reward = torch.tensor(values, device=drawn.x.device)
+        self.objective.observe(prompts, reward)
+        return {
+            "reward": float(reward.mean()),
+            "reward_std": float(reward.std(unbiased=False)),
+            "duplicates": float(len(starts) - len(set(starts))),
+        }
+
+    def _components(self, scores: Scores) -> dict[str, float]:
+        """Mean of each component of a composed reward, over all processes."""
+        parts = {f"reward_{name}": value.mean() for name, value in scores.parts.items()}
+        return distributed.average_metrics(self.accelerator, parts) if parts else {}
