@@ -111,7 +111,7 @@ def test_what_the_hub_says_is_passed_on(fake: FakeHub, monkeypatch: pytest.Monke
 RACE = """
 import sys, time
 from pathlib import Path
-from nablagfn import hub
+from nablagfn.runs import hub
 folder = Path(sys.argv[1])
 file = hub.HubFile("owner/name", "a" * 40, "file.bin", sys.argv[2])
 target = folder / "cached.bin"

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import kernels
 from .kernels import KernelTable, Step
 from .types import Condition, Policy, Selection, beside
-from .value_gradient import EPS_REF
+from .value_gradient import OUTPUT_REF
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Pass:
     x: Tensor
     k: Step
     condition: Condition
-    eps: Tensor
+    output: Tensor
     frozen: bool
 
     @staticmethod
@@ -44,21 +44,21 @@ class Pass:
         """One forward pass."""
         x = x.detach().requires_grad_()
         with _model(policy, frozen), torch.enable_grad():
-            eps = policy.eps(x, k.timestep, condition)
-        return Pass(policy, x, k, condition, eps, frozen)
+            output = policy.output(x, k.here.time, condition)
+        return Pass(policy, x, k, condition, output, frozen)
 
     def mean(self) -> Tensor:
         """m(x_k), [B, ...], with its graph."""
         with torch.enable_grad():
-            return kernels.mean(self.x, self.eps, self.k)
+            return kernels.mean(self.x, self.output, self.k)
 
     def x_clean(self) -> Tensor:
         """x̂(x_k), [B, ...], with its graph."""
         with torch.enable_grad():
-            return kernels.predict_clean(self.x, self.eps, self.k.alpha_bar)
+            return kernels.predict_clean(self.x, self.output, self.k.here)
 
     def product(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
-        """Σ Jᵀ·cotangent over functions of (x, eps), [B, ...], detached: one backward pass."""
+        """Σ Jᵀ·cotangent over functions of (x, output), [B, ...], detached: one backward pass."""
         with _model(self.policy, self.frozen):
             (found,) = torch.autograd.grad(outputs, self.x, cotangents, retain_graph=True)
         return found
@@ -96,12 +96,12 @@ def adjoint(here: Pass, v_next: Tensor, at_start: bool) -> Backed:
 @dataclass(frozen=True)
 class Returns:
     """Along a stretch of L transitions: v_k (`mixed`) [B, L+1, ...]; `rest` and ε_#(x_k)
-    (`eps_ref`) [B, L, ...]. Zero where the backup gave None.
+    (`output_ref`) [B, L, ...]. Zero where the backup gave None.
     """
 
     mixed: Tensor
     rest: Tensor
-    eps_ref: Tensor
+    output_ref: Tensor
 
 
 def returns(
@@ -120,18 +120,18 @@ def returns(
     """
     length = x.shape[1] - 1
     mixed, rest = torch.zeros_like(x), torch.zeros_like(x[:, :length])
-    eps_ref = torch.zeros_like(rest)
+    output_ref = torch.zeros_like(rest)
     mixed[:, length] = end
     for j in range(length - 1, -1, -1):
         here = Pass.at(policy, x[:, j], table.at(first + j, x[:, j]), condition, frozen=True)
-        eps_ref[:, j] = here.eps.detach()
+        output_ref[:, j] = here.output.detach()
         found = backup(here, mixed[:, j + 1], j == 0)
         del here  # its graph goes before the next comes
         if found.mixed is not None:
             mixed[:, j] = found.mixed
         if found.rest is not None:
             rest[:, j] = found.rest
-    return Returns(mixed, rest, eps_ref)
+    return Returns(mixed, rest, output_ref)
 
 
 def sweep(
@@ -158,5 +158,5 @@ def sweep(
     return {
         "return_next": torch.cat([part.mixed for part in parts])[row, j + 1],
         "return_rest": torch.cat([part.rest for part in parts])[row, j],
-        EPS_REF: torch.cat([part.eps_ref for part in parts])[row, j],
+        OUTPUT_REF: torch.cat([part.output_ref for part in parts])[row, j],
     }

@@ -33,7 +33,7 @@ class Counts:
 
 
 class _Counted:
-    """A policy whose `eps` and `decode` are counted; everything else is the policy's own."""
+    """A policy whose `output` and `decode` are counted; everything else is the policy's own."""
 
     def __init__(self, policy: Policy, counts: Counts) -> None:
         self._policy = policy
@@ -42,12 +42,12 @@ class _Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         self._counts.model += len(x)
-        eps = self._policy.eps(x, timestep, condition)
-        if eps.requires_grad:
-            eps.register_hook(self._backward)
-        return eps
+        output = self._policy.output(x, time, condition)
+        if output.requires_grad:
+            output.register_hook(self._backward)
+        return output
 
     def decode(self, x: Tensor) -> Tensor:
         self._counts.decode += len(x)

@@ -88,10 +88,10 @@ def predicted_clean(policy: Policy, x: Tensor, k: kernels.Step, where: Condition
     if len(k.noisy) == 0:
         return _kept_together(policy, x, k, where) if policy.together else x
     if len(k.noisy) == len(x):
-        return kernels.predict_clean(x, policy.eps(x, k.timestep_next, where), k.alpha_bar_next)
+        return kernels.predict_clean(x, policy.output(x, k.next.time, where), k.next)
     rows = beside(k.noisy, x)
-    eps = policy.eps(x[rows], k.timestep_next[rows], where[k.noisy])
-    predicted = kernels.predict_clean(x[rows], eps, k.alpha_bar_next[rows])
+    output = policy.output(x[rows], k.next.time[rows], where[k.noisy])
+    predicted = kernels.predict_clean(x[rows], output, k.next[rows])
     return x.index_put((rows,), predicted)
 
 
@@ -100,8 +100,8 @@ def _kept_together(policy: Policy, x: Tensor, k: kernels.Step, where: Condition)
     it, of weight zero."""
     row = torch.zeros(1, dtype=torch.long)
     here = beside(row, x)
-    eps = policy.eps(x[here], k.timestep_next[here], where[row])
-    return torch.where(torch.zeros_like(x, dtype=torch.bool), eps, x)
+    output = policy.output(x[here], k.next.time[here], where[row])
+    return torch.where(torch.zeros_like(x, dtype=torch.bool), output, x)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def guess(
         x_clean = predicted_clean(policy, x, k, condition)
         value = log_reward.at_next(x_clean, k, condition)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    gamma = attenuation(k.alpha_bar_next, mode)
+    gamma = attenuation(k.next.alpha_bar, mode)
     last = k.last.reshape(-1, *([1] * (x.ndim - 1)))
     return Guessed(torch.where(last, gradient, gamma * gradient), x_clean.detach())
 

@@ -16,22 +16,22 @@ from .kernels import KernelTable, Step
 from .types import Policy, Trajectories
 
 
-def step_kl(eps: Tensor, eps_ref: Tensor, k: Step) -> Tensor:
+def step_kl(output: Tensor, output_ref: Tensor, k: Step) -> Tensor:
     """KL(p_θ(·|x_k)‖p_#(·|x_k)) = ½‖(c2/σ)(ε_θ − ε_#)‖² in nats, [M]."""
-    return 0.5 * (k.c2 / k.std * (eps - eps_ref)).square().flatten(1).sum(1)
+    return 0.5 * (k.c2 / k.std * (output - output_ref)).square().flatten(1).sum(1)
 
 
 def path_kl(policy: Policy, table: KernelTable, paths: Trajectories) -> Tensor:
     """Each step's KL along paths drawn by the policy as it is, in nats, [B, N].
 
     The mean over paths of the rows' sums estimates KL(p_θ‖p_#). Costs N evaluations of the frozen
-    model a path; `paths.eps` are the policy's own.
+    model a path; `paths.output` are the policy's own.
     """
     found = []
     with torch.no_grad(), policy.reference():
         for step in range(paths.num_steps):
             x = paths.x[:, step]
             k = table.at_step(step, x)
-            eps_ref = policy.eps(x, k.timestep, paths.condition)
-            found.append(step_kl(paths.eps[:, step], eps_ref, k))
+            output_ref = policy.output(x, k.here.time, paths.condition)
+            found.append(step_kl(paths.output[:, step], output_ref, k))
     return torch.stack(found, 1)

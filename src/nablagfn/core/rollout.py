@@ -18,11 +18,12 @@ def rollout(
 ) -> Trajectories:
     """Draw one trajectory per row of `noise` from the policy as it is now.
 
-    noise: [B, N+1, ...] standard normal; noise[:, 0] is x_0 and noise[:, k+1] drives transition k.
+    noise: [B, N+1, ...] standard normal; noise[:, 0] is x_0, up to its standard deviation (1 unless
+    the schedule loses variance), and noise[:, k+1] drives transition k.
     """
     noise = noise.to(policy.device)
     with torch.no_grad():
-        return walk(policy, table, noise[:, 0], noise[:, 1:], condition)
+        return walk(policy, table, table.start_std * noise[:, 0], noise[:, 1:], condition)
 
 
 def walk(
@@ -41,10 +42,10 @@ def walk(
     path, predictions = [x], []
     for step in range(noise.shape[1]):
         k = table.at_step(first + step, x)
-        eps = policy.eps(x, k.timestep, condition)
-        x = kernels.mean(x, eps, k) + k.std * noise[:, step]
+        output = policy.output(x, k.here.time, condition)
+        x = kernels.mean(x, output, k) + k.std * noise[:, step]
         path.append(x)
-        predictions.append(eps)
+        predictions.append(output)
     return Trajectories(torch.stack(path, 1), torch.stack(predictions, 1), condition)
 
 
@@ -54,7 +55,7 @@ def noise_of(paths: Trajectories, table: KernelTable, first: int) -> Tensor:
     for step in range(first, paths.num_steps):
         x = paths.x[:, step]
         k = table.at_step(step, x)
-        drawn.append((paths.x[:, step + 1] - kernels.mean(x, paths.eps[:, step], k)) / k.std)
+        drawn.append((paths.x[:, step + 1] - kernels.mean(x, paths.output[:, step], k)) / k.std)
     return torch.stack(drawn, 1)
 
 

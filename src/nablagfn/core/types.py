@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .schedules import Noising, Prediction
+
 Metadata = Mapping[str, Any]
 
 
@@ -28,12 +30,13 @@ class Condition:
     """What a batch of samples is conditioned on.
 
     prompts: one string per sample. metadata: one mapping per sample (may be empty mappings).
-    embeds: [B, L, D] encoded prompts, or None for an unconditional policy.
+    tensors: what the model is given beside x and the time, by the model's own names, each [B, ...]:
+    encoded prompts of one or several encoders, pooled ones, sizes. Empty for an unconditional one.
     """
 
     prompts: tuple[str, ...]
     metadata: tuple[Metadata, ...]
-    embeds: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,19 +47,31 @@ class Condition:
         return Condition(
             prompts=tuple(self.prompts[i] for i in rows),
             metadata=tuple(self.metadata[i] for i in rows),
-            embeds=None if self.embeds is None else self.embeds[beside(index, self.embeds)],
+            tensors={name: value[beside(index, value)] for name, value in self.tensors.items()},
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """The samples of all parts, in order. All must have the same tensors."""
+        return Condition(
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            metadata=tuple(entry for part in parts for entry in part.metadata),
+            tensors={
+                name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors
+            },
         )
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Sampled paths: x [B, N+1, ...], noise to clean; eps [B, N, ...] as predicted when drawn.
+    """Sampled paths: x [B, N+1, ...], noise to clean; output [B, N, ...], the model's u(x_k) when
+    they were drawn.
 
     reward: [B] r(decode(x_N)), once it has been measured.
     """
 
     x: Tensor
-    eps: Tensor
+    output: Tensor
     condition: Condition
     reward: Tensor | None = None
 
@@ -65,14 +80,14 @@ class Trajectories:
         here = beside(index, self.x)
         return Trajectories(
             x=self.x[here],
-            eps=self.eps[here],
+            output=self.output[here],
             condition=self.condition[index],
             reward=None if self.reward is None else self.reward[here],
         )
 
     @property
     def num_steps(self) -> int:
-        return self.eps.shape[1]
+        return self.output.shape[1]
 
     @property
     def clean(self) -> Tensor:
@@ -84,14 +99,15 @@ class Trajectories:
 class Transitions:
     """M pairs (x_k, x_{k+1}) with their own prompts.
 
-    x, x_next, eps_old: [M, ...]; eps_old is the prediction of the parameters θ† that drew the pair.
+    x, x_next, output_old: [M, ...]; output_old is the output of the parameters θ† that drew the
+    pair.
     step: [M] integers k in 0..N-1, on the CPU. signals: what `Objective.prepare` computed, each
     [M, ...].
     """
 
     x: Tensor
     x_next: Tensor
-    eps_old: Tensor
+    output_old: Tensor
     step: Tensor
     condition: Condition
     signals: Mapping[str, Tensor] = field(default_factory=dict)
@@ -105,7 +121,7 @@ class Transitions:
         return Transitions(
             x=self.x[here],
             x_next=self.x_next[here],
-            eps_old=self.eps_old[here],
+            output_old=self.output_old[here],
             step=self.step[index],
             condition=self.condition[index],
             signals={name: value[here] for name, value in self.signals.items()},
@@ -132,7 +148,7 @@ class Selection:
         return Transitions(
             x=self.paths.x[here, k],
             x_next=self.paths.x[here, k + 1],
-            eps_old=self.paths.eps[here, k],
+            output_old=self.paths.output[here, k],
             step=self.step,
             condition=self.paths.condition[self.row],
             signals=signals,
@@ -168,31 +184,37 @@ class Reward(Protocol):
 
 
 class Policy(Protocol):
-    """A pretrained diffusion model with a trainable adapter, seen as an ε-predictor.
+    """A pretrained diffusion or flow model with a trainable adapter.
 
-    together: every pass of `eps`, forward and backward, is made by all processes at the same time,
-    so none may leave one out.
+    together: every pass of `output`, forward and backward, is made by all processes at the same
+    time, so none may leave one out. prediction: what `output` means. noising: the model's forward
+    process.
     """
 
     together: bool
     sample_shape: tuple[int, ...]
-    alphas_cumprod: Tensor
+    prediction: Prediction
+    noising: Noising
 
     @property
     def device(self) -> torch.device: ...
 
-    def timesteps(self, scheduler: str, num_steps: int) -> list[int]:
-        """The training timesteps of `num_steps` steps of that sampler, noisiest first."""
+    def times(self, grid: str, num_steps: int) -> Sequence[float]:
+        """The model's times of `num_steps` steps on that grid (`samplers.Sampler.grid`), noisiest
+        first, without the clean end. Raises ConfigError for a grid that it does not have."""
         ...
 
     def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Condition: ...
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Guided ε-prediction in float32 (or float64 for float64 x); x [M, ...], timestep [M]."""
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """u: the guided output in float32 (float64 for float64 x), [M, ...]; x [M, ...], time [M].
+
+        Guidance is affine, so that of u is that of ε and of x̂.
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside it the adapter is off: `eps` is the frozen pretrained model's."""
+        """Inside it the adapter is off: `output` is the frozen pretrained model's."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
@@ -202,7 +224,7 @@ class Policy(Protocol):
     def make_flow(
         self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
     ) -> nn.Module:
-        """A new g_φ(x, timestep, condition) for this policy's samples, exactly zero at start.
+        """A new g_φ(x, time, condition) for this policy's samples, exactly zero at start.
 
         hint: it takes x̂(x), of the shape of x, as a fourth argument.
         """

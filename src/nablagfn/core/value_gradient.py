@@ -13,7 +13,7 @@ from .kernels import Step
 from .types import Selection, Transitions
 
 StepWeight = Literal["one", "std"]
-EPS_REF = "eps_ref"  # a signal of `prepare`: ε_#(x_k), which the loss then need not compute
+OUTPUT_REF = "output_ref"  # a signal of `prepare`: u_#(x_k), which the loss then need not compute
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class Evaluated:
     """M transitions with both models evaluated at x_k, once, for the loss and the estimator.
 
     x: [M, ...] x_k; requires grad when the estimator asked for it (`needs_input_graph`).
-    eps: [M, ...] ε_θ(x_k) with its graph. eps_ref: [M, ...] ε_#(x_k); its graph reaches x only,
-    and it has none when it came as a signal. ahead: what `Estimator.ahead` found, by name.
+    output: [M, ...] u_θ(x_k) with its graph. output_ref: [M, ...] u_#(x_k); its graph reaches x
+    only, and it has none when it came as a signal. ahead: what `Estimator.ahead` found, by name.
     """
 
     batch: Transitions
     k: Step
     x: Tensor
-    eps: Tensor
-    eps_ref: Tensor
+    output: Tensor
+    output_ref: Tensor
     ahead: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -45,8 +45,8 @@ class Estimate:
 class Estimator(Protocol):
     """A way to estimate the value gradient; it owns what it learns (`modules`).
 
-    One that evaluates the frozen model at x_k in `prepare` hands it on as the signal EPS_REF; it
-    then must not ask for the input's graph.
+    One that evaluates the frozen model at x_k in `prepare` hands it on as the signal OUTPUT_REF,
+    and then must not ask for the input's graph.
     """
 
     needs_input_graph: bool
@@ -61,11 +61,11 @@ class Estimator(Protocol):
         return {}
 
     def ahead(
-        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor
     ) -> Mapping[str, Tensor]:
-        """What needs no ε_θ(x_k), [M, ...] by name, without graphs.
+        """What needs no u_θ(x_k), [M, ...] by name, without graphs.
 
-        It is asked for before ε_θ(x_k) is evaluated, so that its graphs are gone when that of θ
+        It is asked for before u_θ(x_k) is evaluated, so that its graphs are gone when that of θ
         comes: one graph of the model at a time. Arguments as in `Evaluated`.
         """
         return {}

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..config import Config, ConfigError
-from ..core import kernels
-from ..core.kernels import KernelTable
+from ..core.kernels import KernelTable, kernel_table
 from ..core.lookahead import LogReward
 from ..core.rollout import StepChoice, WindowChoice
+from ..core.samplers import eta_of, find_sampler
+from ..core.schedules import schedule_of
 from ..core.types import Objective, Policy, Reward
 from ..core.value_gradient import Estimator, StepWeight
 from ..prompts import PromptSet
@@ -36,13 +37,14 @@ GUESSING = ("nabla-db", "nabla-db-lambda", "dag-db")  # decode predicted clean s
 def build_kernel(config: Config, policy: Policy) -> KernelTable:
     """The sampler's table. Raises ConfigError when the settings give a step without noise."""
     s = config.sampling
-    timesteps = policy.timesteps(s.scheduler, s.num_steps)
+    grid = find_sampler(s.scheduler).grid
     try:
-        if s.scheduler == "dpm-solver":
-            return kernels.sde_dpm_solver(policy.alphas_cumprod, timesteps)
-        return kernels.ddim(
-            policy.alphas_cumprod, timesteps, s.eta if s.scheduler == "ddim" else 1.0
-        )
+        if isinstance(grid, str):
+            times = policy.times(grid, s.num_steps)
+        else:
+            times = grid(policy.noising, s.num_steps)
+        schedule = schedule_of(policy.noising, times)
+        return kernel_table(schedule, eta_of(s), policy.prediction)
     except ValueError as error:
         raise ConfigError(f"config.sampling.num_steps={s.num_steps}: {error}") from None
 

@@ -16,13 +16,15 @@ from ..core.types import Condition
 class UNetFlow(nn.Module):
     """UNet2DConditionModel with a zero output layer (weight *and* bias), in float32.
 
-    widths: channels per level, the first ones with cross-attention. hint: it sees x̂ too. Raises
-    ConfigError when the sample cannot be halved that often.
+    text, text_width: the tensor of a condition that it attends to, and its last size. widths:
+    channels per level, the first ones with cross-attention. hint: it sees x̂ too. Raises ConfigError
+    when the sample cannot be halved that often.
     """
 
     def __init__(
         self,
         sample_shape: tuple[int, ...],
+        text: str,
         text_width: int,
         widths: Sequence[int],
         layers: int,
@@ -30,6 +32,7 @@ class UNetFlow(nn.Module):
         hint: bool = False,
     ) -> None:
         super().__init__()
+        self.text = text
         channels, height, width = sample_shape
         halvings = 2 ** (len(widths) - 1)
         if height % halvings or width % halvings:
@@ -51,10 +54,9 @@ class UNetFlow(nn.Module):
         nn.init.zeros_(self.net.conv_out.bias)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, condition: Condition, hint: Tensor | None = None
+        self, x: Tensor, time: Tensor, condition: Condition, hint: Tensor | None = None
     ) -> Tensor:
-        """x, and hint if it was made for one, [M, C, H, W], timestep [M] -> [M, C, H, W]."""
-        assert condition.embeds is not None
+        """x, and hint if it was made for one, [M, C, H, W], time [M] -> [M, C, H, W]."""
         dtype = self.net.dtype
         seen = x if hint is None else torch.cat([x, hint], 1)
-        return self.net(seen.to(dtype), timestep, condition.embeds.to(dtype)).sample
+        return self.net(seen.to(dtype), time, condition.tensors[self.text].to(dtype)).sample

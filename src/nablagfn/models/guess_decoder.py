@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..core.types import Policy
-from .stable_diffusion import quiet
+from .latent import quiet
 
 KEY = "config.model.guess_decoder"
 

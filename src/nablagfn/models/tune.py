@@ -1,4 +1,4 @@
-"""Switches that change how fast a Stable Diffusion policy runs, and not what it computes."""
+"""Switches that change how fast a latent policy runs, and not what it computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, Speed
-from .stable_diffusion import StableDiffusionPolicy
+from .latent import LatentPolicy
 
 BACKEND = "inductor"
 GRAPHS: dict[str, Any] = {"mode": "reduce-overhead"}  # of torch.compile, for CUDA graphs
@@ -17,16 +17,16 @@ VARIANTS = 32  # θ on, off or frozen, with and without gradients, batches of se
 UNCHECKED = "skip_tensor_guards_with_matching_dict_tags"  # of torch._dynamo.config
 
 
-def tune(policy: StableDiffusionPolicy, speed: Speed) -> StableDiffusionPolicy:
+def tune(policy: LatentPolicy, speed: Speed) -> LatentPolicy:
     """Set the policy up as `speed` says; returns it.
 
     CUDA graphs are left out elsewhere than on CUDA, where a finished run may be looked at too.
     """
     if speed.channels_last:
-        for module in (policy.unet, policy.vae):
+        for module in (policy.network, policy.vae):
             module.to(memory_format=torch.channels_last)
     if speed.compile:
-        compile_modules((policy.unet, policy.vae.decoder))
+        compile_modules((policy.network, policy.vae.decoder))
     if speed.cuda_graphs and has_graphs(policy.device):
         use_cuda_graphs(policy)
     if speed.offload_text_encoder:
@@ -71,10 +71,10 @@ def _tell_variants_apart() -> None:
         setattr(torch._dynamo.config, UNCHECKED, False)
 
 
-def use_cuda_graphs(policy: StableDiffusionPolicy) -> None:
-    """Passes of the U-Net without gradient, those of sampling, as CUDA graphs: one per shape."""
+def use_cuda_graphs(policy: LatentPolicy) -> None:
+    """Passes of the network without gradient, those of sampling, as CUDA graphs: one per shape."""
     _tell_variants_apart()
-    policy.unet_free = Replayed(torch.compile(policy.unet.forward, dynamic=False, **GRAPHS))
+    policy.network_free = Replayed(torch.compile(policy.network.forward, dynamic=False, **GRAPHS))
 
 
 class Replayed:

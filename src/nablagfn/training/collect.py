@@ -100,13 +100,8 @@ class Collector:
 
 
 def _concatenate(parts: list[Trajectories]) -> Trajectories:
-    conditions = [part.condition for part in parts]
-    embeds = [c.embeds for c in conditions if c.embeds is not None]
-    condition = Condition(
-        prompts=tuple(p for c in conditions for p in c.prompts),
-        metadata=tuple(m for c in conditions for m in c.metadata),
-        embeds=torch.cat(embeds) if embeds else None,
-    )
     return Trajectories(
-        torch.cat([part.x for part in parts]), torch.cat([part.eps for part in parts]), condition
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.output for part in parts]),
+        Condition.cat([part.condition for part in parts]),
     )

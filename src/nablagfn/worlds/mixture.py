@@ -1,4 +1,4 @@
-"""Gaussian mixtures with their exact ε, quadratic rewards, and the tilted mixture in closed form.
+"""Gaussian mixtures with their exact posterior, quadratic rewards, and the tilted mixture.
 
 K components, d dimensions, P prompts, M rows.
 """
@@ -10,6 +10,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..core.schedules import Levels
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """E[x_clean|x] and E[noise|x], [M, d] each."""
+
+    x_clean: Tensor
+    eps: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,41 +48,44 @@ class Mixture:
             self.variances.to(device, dtype),
         )
 
-    def noised(self, alpha_bar: float) -> Mixture:
-        """The distribution of √ᾱ·x + √(1−ᾱ)·z, again a mixture."""
-        return Mixture(
-            math.sqrt(alpha_bar) * self.means,
-            self.weights,
-            alpha_bar * self.variances + (1 - alpha_bar),
-        )
+    def noised(self, alpha: float, sigma: float) -> Mixture:
+        """The distribution of α·x + σ·z, again a mixture."""
+        return Mixture(alpha * self.means, self.weights, alpha**2 * self.variances + sigma**2)
 
-    def log_density(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """log p of the noised mixture in nats; x [M, d], alpha_bar [M, 1] (0..1) -> [M]."""
-        variance = alpha_bar * self.variances + (1 - alpha_bar)
-        away = x[:, None] - alpha_bar.sqrt()[..., None] * self.means
+    def log_density(self, x: Tensor, levels: Levels) -> Tensor:
+        """log p of the noised mixture in nats; x [M, d], levels [M, 1] each -> [M]."""
+        alpha, sigma = levels.alpha, levels.sigma
+        variance = alpha.square() * self.variances + sigma.square()
+        away = x[:, None] - alpha[..., None] * self.means
         normal = (away.square() / variance[:, None]).sum(-1) + (2 * math.pi * variance).log().sum(
             -1, keepdim=True
         )
         return (self.weights.log() - normal / 2).logsumexp(1)
 
-    def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """ε = −√(1−ᾱ)·∇ log p = √(1−ᾱ)·(x − √ᾱ·Σ_k s_k(x) μ_k)/v_ᾱ, [M, d].
+    def posterior(self, x: Tensor, levels: Levels) -> Posterior:
+        """What x = α·x_clean + σ·noise says of x_clean and of the noise.
 
-        s_k(x) is the posterior probability of component k and v_ᾱ = ᾱ·v + 1 − ᾱ. The hot loop of
-        every world: the squares are multiplied out, so that no [M, K, d] appears.
-        x: [M, d]. alpha_bar: [M, 1], above 0 and below 1.
+        With m = Σ_k s_k(x) μ_k, the posterior probabilities s_k, and v' = α²·v + σ²,
+
+            ε = −σ·∇ log p = σ·(x − α·m)/v',   x̂ = (α·v·x + σ²·m)/v'
+
+        The hot loop of every world: the squares are multiplied out, so that no [M, K, d] appears.
+        x: [M, d]. levels: [M, 1] each, σ above 0.
         """
-        signal, noise = alpha_bar.sqrt(), 1 - alpha_bar
-        variance = alpha_bar * self.variances + noise
-        if len(self) == 1:
-            return noise.sqrt() * (x - signal * self.means) / variance
-        across = (signal * x / variance) @ self.means.T
-        own = (alpha_bar / variance) @ self.means.square().T
-        share = (self.weights.log() + across - own / 2).softmax(1)
-        return noise.sqrt() * (x - signal * (share @ self.means)) / variance
+        alpha, sigma = levels.alpha, levels.sigma
+        variance = alpha.square() * self.variances + sigma.square()
+        mean = self.means
+        if len(self) > 1:
+            across = (alpha * x / variance) @ self.means.T
+            own = (alpha.square() / variance) @ self.means.square().T
+            mean = (self.weights.log() + across - own / 2).softmax(1) @ self.means
+        return Posterior(
+            x_clean=(alpha * self.variances * x + sigma.square() * mean) / variance,
+            eps=sigma * (x - alpha * mean) / variance,
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean [d] and covariance [d, d]; of the noised mixture: `noised(ᾱ).moments()`."""
+        """Mean [d] and covariance [d, d]; of the noised mixture: `noised(α, σ).moments()`."""
         mean = self.weights @ self.means
         away = self.means - mean
         return mean, (self.weights[:, None] * away).T @ away + self.variances.diag()

@@ -1,4 +1,4 @@
-"""A world as a `Policy`: the exact ε_# with an MLP adapter that starts at zero, and its reward."""
+"""A world as a `Policy`: the exact model with an adapter that starts at zero, and its reward."""
 
 from __future__ import annotations
 
@@ -14,44 +14,29 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..core import rng
-from ..core.kernels import predict_clean
+from ..core.schedules import AngleNoising, Levels, Noising, output_of
 from ..core.types import Condition, Metadata
-from .mixture import Mixture
+from .mixture import Mixture, Posterior
 from .world import World
 
-TIMES = 1000  # length of the training schedule, as Stable Diffusion's
-CLEAN_ANGLE = 0.029  # noise angle at the clean end; SD's alphas_cumprod[0] has the same
-NOISY_GAP = 0.02  # the noisiest angle is π/2 less this: x_0 and x_N are nearly independent
 HIDDEN = 128
 OCTAVES = 4  # Fourier features sin, cos(2^j · angle), j < OCTAVES
-
-
-def cosine_schedule() -> Tensor:
-    """ᾱ = cos²(angle) with uniform angles (Nichol & Dhariwal 2021), [1000] float64, falling.
-
-    Against SD's schedule with uniform steps this has a third of the discretisation error.
-    """
-    angle = torch.linspace(CLEAN_ANGLE, math.pi / 2 - NOISY_GAP, TIMES, dtype=torch.float64)
-    return angle.cos().square()
+PROMPT = "prompt"  # the tensor of a condition: one-hot, [B, P]
 
 
 class PlaneFlow(nn.Module):
-    """A field on noisy samples, (x, timestep, condition) -> [M, d]; exactly zero at start.
+    """A field on noisy samples, (x, time, condition) -> [M, d]; exactly zero at start.
 
     An MLP with 3 hidden SiLU layers, and a linear map beside it. They see x, Fourier features of
-    the noise angle arccos √ᾱ, for P > 1 prompts the one-hot prompt of `Condition.embeds`, and a
-    hint of `hint` numbers. It serves as g_φ, and as the adapter, whose hint is x̂_#(x).
+    the noise angle arctan(σ/α), for P > 1 prompts the one-hot prompt of the condition, and a hint
+    of `hint` numbers. It serves as g_φ, and as the adapter, whose hint is x̂_#(x).
     """
 
-    features: Tensor
-
     def __init__(
-        self, alphas_cumprod: Tensor, dim: int, prompts: int, seed: int, *, hint: int = 0
+        self, noising: Noising, dim: int, prompts: int, seed: int, *, hint: int = 0
     ) -> None:
         super().__init__()
-        angle = alphas_cumprod.sqrt().arccos()[:, None] * 2.0 ** torch.arange(OCTAVES)
-        features = torch.cat([angle.sin(), angle.cos()], 1).float()
-        self.register_buffer("features", features, persistent=False)
+        self.noising = noising
         self.conditional = prompts > 1
         width = dim + 2 * OCTAVES + (prompts if self.conditional else 0) + hint
         with torch.random.fork_rng(devices=[]):
@@ -66,24 +51,34 @@ class PlaneFlow(nn.Module):
         self.net = nn.Sequential(*layers, last)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, condition: Condition, hint: Tensor | None = None
+        self, x: Tensor, time: Tensor, condition: Condition, hint: Tensor | None = None
     ) -> Tensor:
-        """x [M, d], timestep [M] in 0..999, hint [M, hint] -> [M, d] in the dtype of x."""
-        inputs = [x.to(self.features.dtype), self.features[timestep]]
+        """x [M, d], time [M], hint [M, hint] -> [M, d] in the dtype of x."""
+        dtype = self.linear.weight.dtype
+        inputs = [x.to(dtype), self._features(time).to(dtype)]
         if self.conditional:
-            if condition.embeds is None:
-                raise ValueError("a world with several prompts needs Condition.embeds [M, P]")
-            inputs.append(condition.embeds.to(self.features))
+            if PROMPT not in condition.tensors:
+                raise ValueError(f"a world with several prompts needs the tensor '{PROMPT}' [M, P]")
+            inputs.append(condition.tensors[PROMPT].to(dtype))
         if hint is not None:
-            inputs.append(hint.to(self.features.dtype))
+            inputs.append(hint.to(dtype))
         seen = torch.cat(inputs, 1)
         return (self.net(seen) + self.linear(seen)).to(x.dtype)
 
+    def _features(self, time: Tensor) -> Tensor:
+        """sin and cos of the noise angle's octaves, [M, 2·OCTAVES] float64."""
+        levels = self.noising.levels(time)
+        angle = torch.atan2(levels.sigma, levels.alpha)[:, None]
+        angle = angle * 2.0 ** torch.arange(OCTAVES, device=angle.device)
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
 
 class WorldPolicy:
-    """ε_θ = ε_# − √(1−ᾱ)·adapter(x, x̂_#): the adapter is what is added to the score, a value
-    gradient. As a LoRA works on the features of the pretrained network, it sees x̂_#(x).
+    """The exact model with an adapter that is added to its score, a value gradient.
 
+    As a LoRA works on the features of the pretrained network, the adapter sees x̂_#(x). It changes
+    ε by −σ·adapter and x̂ by (σ²/α)·adapter, whatever the world's network predicts. On a schedule
+    that starts at α = 0, where ∇ log F̃ vanishes with α, it is their ratio.
     seed: of the adapter's weights, all but the last layer, which is zero.
     """
 
@@ -92,15 +87,17 @@ class WorldPolicy:
     def __init__(self, world: World, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         self.world = world
         self.sample_shape: tuple[int, ...] = (world.dim,)
-        self.alphas_cumprod = cosine_schedule()
+        self.noising = world.noising
+        self.prediction = world.prediction
+        ends = torch.tensor([world.noising.noisiest], dtype=torch.float64)
+        self._from_noise = float(world.noising.levels(ends).alpha) == 0
         self.adapter = self._field(rng.seed_of(seed, "adapter"), hint=world.dim)
         self.adapter_on = True
-        self._exact: dict[torch.dtype, tuple[Mixture, Tensor]] = {}
+        self._exact: dict[torch.dtype, Mixture] = {}
         self.to(device)
 
     def _field(self, seed: int, hint: int = 0) -> PlaneFlow:
-        prompts = len(self.world.prompts)
-        return PlaneFlow(self.alphas_cumprod, self.world.dim, prompts, seed, hint=hint)
+        return PlaneFlow(self.noising, self.world.dim, len(self.world.prompts), seed, hint=hint)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> WorldPolicy:
         """Move everything there, and the adapter to `dtype` if given; returns itself."""
@@ -113,29 +110,26 @@ class WorldPolicy:
     def device(self) -> torch.device:
         return self._device
 
-    def _constants(self, dtype: torch.dtype) -> tuple[Mixture, Tensor]:
-        """The mixture and ᾱ [1000, 1] on the device in `dtype`, made once."""
+    def _mixture(self, dtype: torch.dtype) -> Mixture:
+        """The mixture on the device in `dtype`, moved once."""
         if dtype not in self._exact:
-            levels = self.alphas_cumprod.to(self.device, dtype)[:, None]
-            self._exact[dtype] = (self.world.mixture.to(self.device, dtype), levels)
+            self._exact[dtype] = self.world.mixture.to(self.device, dtype)
         return self._exact[dtype]
 
     # ---------------------------------------------------------------- Policy
 
-    def timesteps(self, scheduler: str, num_steps: int) -> list[int]:
-        """⌊999·k/N⌋ for k = N … 1: noisiest first, equal steps of the noise angle.
+    def times(self, grid: str, num_steps: int) -> Sequence[float]:
+        """Equal steps of the noise angle, noisiest first: the same for every named grid.
 
-        The same for every scheduler. Raises ConfigError for more than 999 steps.
+        Raises ConfigError for more steps than there are times.
         """
-        most = TIMES - 1
-        if not 1 <= num_steps <= most:
-            raise ConfigError(
-                f"config.sampling.num_steps={num_steps}: a world has at most {most} steps"
-            )
-        return [most * k // num_steps for k in range(num_steps, 0, -1)]
+        try:
+            return world_times(self.noising, num_steps)
+        except ValueError as error:
+            raise ConfigError(f"config.sampling.num_steps={num_steps}: {error}") from None
 
     def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Condition:
-        """One-hot prompts [B, P] in `embeds`; None in a world with one prompt.
+        """One-hot prompts [B, P] as the tensor `PROMPT`; none in a world with one prompt.
 
         Raises ConfigError for a prompt that the world does not know.
         """
@@ -144,20 +138,19 @@ class WorldPolicy:
         return Condition(
             prompts=tuple(prompts),
             metadata=tuple(metadata) or tuple({} for _ in prompts),
-            embeds=torch.eye(count, device=self.device)[rows] if count > 1 else None,
+            tensors={PROMPT: torch.eye(count, device=self.device)[rows]} if count > 1 else {},
         )
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """x [M, d], timestep [M] in 0..999 -> [M, d] float32, float64 for float64 x."""
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """x [M, d], time [M] -> u [M, d] float32, float64 for float64 x."""
         x = x if x.dtype == torch.float64 else x.float()
-        mixture, levels = self._constants(x.dtype)
-        alpha_bar = levels[timestep]
-        eps = mixture.eps(x, alpha_bar)
+        wide = self.noising.levels(time)
+        levels = Levels(wide.alpha.to(x.dtype)[:, None], wide.sigma.to(x.dtype)[:, None])
+        found = self._mixture(x.dtype).posterior(x, levels)
         if self.adapter_on:
-            x_clean = predict_clean(x, eps, alpha_bar)
-            change = self.adapter(x, timestep, condition, x_clean)
-            eps = eps - (1 - alpha_bar).sqrt() * change
-        return eps
+            change = self.adapter(x, time, condition, found.x_clean)
+            found = tilted_posterior(found, levels, change, over_alpha=self._from_noise)
+        return output_of(found.x_clean, found.eps, levels, self.prediction)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -197,6 +190,36 @@ class WorldPolicy:
             {name: value.contiguous() for name, value in self.state_dict().items()},
             folder / "adapter.safetensors",
         )
+
+
+def tilted_posterior(
+    found: Posterior, levels: Levels, change: Tensor, *, over_alpha: bool
+) -> Posterior:
+    """The posterior of a density whose score at x is larger by `change`, [M, d]; by α·change if
+    over_alpha."""
+    alpha, sigma = levels.alpha, levels.sigma
+    if over_alpha:
+        return Posterior(
+            found.x_clean + sigma.square() * change, found.eps - alpha * sigma * change
+        )
+    return Posterior(found.x_clean + sigma.square() / alpha * change, found.eps - sigma * change)
+
+
+def world_times(noising: Noising, num_steps: int) -> list[float]:
+    """N times with equal steps of the noise angle, noisiest first, the clean end left out.
+
+    Whole numbers ⌊last·k/N⌋ where times are places in a table of equal angles. Raises ValueError
+    when there are not that many.
+    """
+    if isinstance(noising, AngleNoising):
+        if not 1 <= num_steps <= noising.last:
+            raise ValueError(f"a world has at most {noising.last} steps")
+        return [noising.last * k // num_steps for k in range(num_steps, 0, -1)]
+    ends = torch.tensor([noising.cleanest, noising.noisiest], dtype=torch.float64)
+    levels = noising.levels(ends)
+    first, last = torch.atan2(levels.sigma, levels.alpha).tolist()
+    angles = [first + (last - first) * k / num_steps for k in range(num_steps, 0, -1)]
+    return [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
 
 
 class WorldReward:

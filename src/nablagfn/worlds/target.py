@@ -12,9 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..core import kernels, rng
+from ..core import rng
 from ..core.kernels import KernelTable
 from ..core.rollout import rollout
+from ..core.schedules import Levels
 from .measures import mode_masses
 from .mixture import Mixture, tilted
 from .policy import WorldPolicy
@@ -51,7 +52,7 @@ def base_samples(
 
 def _coefficients(table: KernelTable) -> tuple[float, ...]:
     """What the sampler's density depends on."""
-    return tuple(torch.cat([table.c1, table.c2, table.std]).tolist())
+    return tuple(torch.cat([table.on_x, table.on_clean, table.std, table.schedule.alpha]).tolist())
 
 
 def _chunk(policy: WorldPolicy, table: KernelTable, size: int, start: int) -> Tensor:
@@ -64,20 +65,21 @@ def _chunk(policy: WorldPolicy, table: KernelTable, size: int, start: int) -> Te
 def gaussian_chain(mixture: Mixture, table: KernelTable) -> Mixture:
     """The exact distribution of x_N for K = 1: ε is affine, so every x_k is Gaussian.
 
-    With ε(x) = a·(x − √ᾱ·μ), a = √(1−ᾱ)/v_ᾱ, one step is
-    mean' = c1·mean + c2·a·(mean − √ᾱ·μ), variance' = (c1 + c2·a)²·variance + σ², from N(0, I).
+    With x̂(x) = (α·v·x + σ²·μ)/(α²·v + σ²), one step is mean' = on_x·mean + on_clean·x̂(mean),
+    variance' = (on_x + on_clean·α·v/(α²·v + σ²))²·variance + std², from N(0, α_0² + σ_0²).
     Raises ValueError for K > 1.
     """
     if len(mixture) != 1:
         raise ValueError("the chain is exact for one Gaussian only")
     mean = torch.zeros(1, mixture.dim, dtype=torch.float64)
-    variance = torch.ones(mixture.dim, dtype=torch.float64)
+    variance = torch.full((mixture.dim,), table.start_std**2, dtype=torch.float64)
     for step in range(table.num_steps):
-        k = table.at(torch.tensor([step]), mean)
-        eps = mixture.eps(mean, k.alpha_bar)
-        slope = (1 - k.alpha_bar).sqrt() / (k.alpha_bar * mixture.variances + 1 - k.alpha_bar)
-        mean = kernels.mean(mean, eps, k)
-        variance = ((k.c1 + k.c2 * slope).square() * variance + k.std**2)[0]
+        alpha, sigma = table.schedule.alpha[step], table.schedule.sigma[step]
+        x_clean = mixture.posterior(mean, Levels(alpha, sigma)).x_clean
+        slope = alpha * mixture.variances / (alpha.square() * mixture.variances + sigma.square())
+        on_x, on_clean = table.on_x[step], table.on_clean[step]
+        mean = on_x * mean + on_clean * x_clean
+        variance = (on_x + on_clean * slope).square() * variance + table.std[step].square()
     return Mixture(mean, mixture.weights, variance)
 
 

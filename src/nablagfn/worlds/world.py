@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,15 +10,22 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..core.schedules import AngleNoising, LinearNoising, Noising, Prediction
 from .mixture import Mixture, Quadratic, tilted
+
+CLEAN_ANGLE = 0.029  # noise angle arctan(σ/α) of the clean end; Stable Diffusion has the same
+NOISY_GAP = 0.02  # the noisiest angle is π/2 less this: x_0 and x_N are nearly independent
+COSINE = AngleNoising(last=999, first_angle=CLEAN_ANGLE, gap=NOISY_GAP)
+FLOW = LinearNoising(cleanest=math.tan(CLEAN_ANGLE) / (1 + math.tan(CLEAN_ANGLE)))
 
 
 @dataclass(frozen=True, eq=False)
 class World:
     """A pretrained density, a reward per prompt, and β: the target is p_pretrained·exp(βr).
 
-    title: one line for plots and tables. prompts: P distinct strings. name: given by `load`.
-    Tensors are CPU float64. Raises ValueError when shapes or values do not fit.
+    title: one line for plots and tables. prompts: P distinct strings. noising: its forward process;
+    prediction: what its exact network predicts. name: given by `load`. Tensors are CPU float64.
+    Raises ValueError when shapes or values do not fit.
     """
 
     title: str
@@ -25,6 +33,8 @@ class World:
     reward: Quadratic
     beta: float
     prompts: tuple[str, ...]
+    noising: Noising = COSINE
+    prediction: Prediction = "epsilon"
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ class Step:
         }
 
     def _eps(self, x: Tensor) -> Tensor:
-        return self.policy.eps(x, self.k.timestep, self.where)
+        return self.policy.output(x, self.k.here.time, self.where)
 
     def _differentiated(self, x: Tensor, also: Sequence[Tensor] = ()) -> list[Tensor]:
         loss = self._eps(x).square().mean()

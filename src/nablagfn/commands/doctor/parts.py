@@ -53,8 +53,10 @@ def denoiser(patient: Patient) -> Finding:
     table = build_kernel(patient.config, policy)
     x = _sample(patient).requires_grad_()
     k = table.at_step(table.num_steps // 2, x)
-    eps = policy.eps(x, k.timestep, policy.condition(patient.prompts.prompts[:1], ()))
-    return _judge("", torch.autograd.grad(eps.square().sum(), [x, *policy.parameters()]), started)
+    output = policy.output(x, k.here.time, policy.condition(patient.prompts.prompts[:1], ()))
+    return _judge(
+        "", torch.autograd.grad(output.square().sum(), [x, *policy.parameters()]), started
+    )
 
 
 def decoder(patient: Patient) -> Finding:

@@ -197,14 +197,15 @@ class Subject:
 
         def run() -> Tensor:
             seen = torch.cat([x] * copies).to(policy.dtype)
-            return policy.unet(seen, time, text, return_dict=False)[0].float()
+            given = {policy.model.text: text}
+            return policy.model.call(policy.network, seen, time, given).float()
 
-        return Pass(run, [*tensors_of([policy.unet]), x, time, text], gradient)
+        return Pass(run, [*tensors_of([policy.network]), x, time, text], gradient)
 
     @contextlib.contextmanager
     def checkpointing(self, on: bool) -> Iterator[None]:
         """Inside it the U-Net's activations are recomputed, if `on`."""
-        unet = self.policy.unet
+        unet = self.policy.network
         if on:
             unet.enable_gradient_checkpointing()
             unet.train()
@@ -239,7 +240,7 @@ class Subject:
 
     def guess(self, rows: int, gradient: bool) -> Pass:
         x, text, time = self.x(rows), self.text(rows), torch.zeros(rows, dtype=torch.long)
-        where = Condition((PROMPT,) * rows, ({},) * rows, text)
+        where = Condition((PROMPT,) * rows, ({},) * rows, {self.policy.model.text: text})
         run = functools.partial(self.flow, x, time, where)
         return Pass(run, [*tensors_of([self.flow]), x, text, time], gradient)
 

@@ -36,7 +36,7 @@ class Guess(Estimator):
         self.modules = nn.ModuleDict()
 
     def ahead(
-        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor
     ) -> Mapping[str, Tensor]:
         """One reward gradient at x_{k+1}."""
         with self.policy.reference() if self.frozen_guess else nullcontext():

@@ -114,16 +114,16 @@ class NablaDBLambda(Estimator):
             guessing = Pass.at(self.policy, here.x, here.k, here.condition, frozen=False)
         x_clean = guessing.x_clean()
         slope = terminal_gradient(self.log_reward, x_clean, here.condition)
-        slope = attenuation(here.k.alpha_bar, self.mode) * slope
+        slope = attenuation(here.k.here.alpha_bar, self.mode) * slope
         if at_start and self.frozen_guess:
             return Backed(rest=here.product([here.mean(), x_clean], [v_next, -slope]))
         known = guessing.product([x_clean], [slope])
         back = here.pull_back(v_next)
-        value = known + self._learned(here.x, here.k.timestep, here.condition, x_clean)
+        value = known + self._learned(here.x, here.k.here.time, here.condition, x_clean)
         return Backed(mixed=(1 - self.lam) * value + self.lam * back, rest=back - known)
 
     def ahead(
-        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor
+        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor
     ) -> Mapping[str, Tensor]:
         """Without a sweep v̂(x_{k+1}), and g_φ's target where it needs no ε_θ(x_k)."""
         if self.sweeps:
@@ -131,7 +131,7 @@ class NablaDBLambda(Estimator):
         v = self.value(batch.x_next, k, batch.condition)
         if self.flow is None or not self.frozen_guess:
             return {"return_next": v}
-        return {"return_next": v, "return_rest": self._frozen_target(batch, k, x, eps_ref, v)}
+        return {"return_next": v, "return_rest": self._frozen_target(batch, k, x, output_ref, v)}
 
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂(x_{k+1}), and the flow's own loss at x_k."""
@@ -143,7 +143,7 @@ class NablaDBLambda(Estimator):
             return Estimate(v, metrics=metrics)
         target = known["return_rest"] if "return_rest" in known else self._target(here, v)
         hint = (self._x_clean(here).detach(),) if self.hint else ()
-        learned = self.flow(batch.x, here.k.timestep, batch.condition, *hint)
+        learned = self.flow(batch.x, here.k.here.time, batch.condition, *hint)
         error = step_weight(here.k, self.weight) * (learned - target)
         metrics["flow_sq"] = mean_square(learned.detach())
         return Estimate(v, terms={"bellman": mean_square(error)}, metrics=metrics)
@@ -152,23 +152,23 @@ class NablaDBLambda(Estimator):
         """V(x_{k+1}), detached, [M, ...]; exact at the clean end."""
         with self.policy.reference() if self.frozen_guess else nullcontext():
             known = guess(self.log_reward, self.policy, x_next, k, condition, self.mode)
-        learned = self._learned(x_next, k.timestep_next, condition, known.x_clean)
+        learned = self._learned(x_next, k.next.time, condition, known.x_clean)
         return known.gradient + torch.where(_rows(k.last, learned), 0.0, learned)
 
     def _frozen_target(
-        self, batch: Transitions, k: Step, x: Tensor, eps_ref: Tensor, v: Tensor
+        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor, v: Tensor
     ) -> Tensor:
         """G_k − β·γ_k·∇r(x̂_#(x_k)), detached, [M, ...]; frees the graph of ε_#(x_k).
 
         Both terms pass through it: one backward pass with both cotangents.
         """
         with torch.enable_grad():
-            x_clean = kernels.predict_clean(x, eps_ref, k.alpha_bar)
+            x_clean = kernels.predict_clean(x, output_ref, k.here)
             value = self.log_reward(x_clean, batch.condition)
-            m = kernels.mean(x, eps_ref, k)
+            m = kernels.mean(x, output_ref, k)
         with self.policy.reference():
             (rest,) = torch.autograd.grad(
-                (m, value), x, (v, -row_attenuation(k.alpha_bar, self.mode, value))
+                (m, value), x, (v, -row_attenuation(k.here.alpha_bar, self.mode, value))
             )
         return rest
 
@@ -176,27 +176,25 @@ class NablaDBLambda(Estimator):
         """The same with the finetuned model's guess at x_k."""
         with torch.enable_grad():
             value = self.log_reward(self._x_clean(here), here.batch.condition)
-            m = kernels.mean(here.x, here.eps_ref, here.k)
-        gamma = row_attenuation(here.k.alpha_bar, self.mode, value)
+            m = kernels.mean(here.x, here.output_ref, here.k)
+        gamma = row_attenuation(here.k.here.alpha_bar, self.mode, value)
         (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
         with self.policy.reference():
             (back,) = torch.autograd.grad(m, here.x, v)
         return back - known
 
-    def _learned(
-        self, x: Tensor, timestep: Tensor, condition: Condition, x_clean: Tensor
-    ) -> Tensor:
+    def _learned(self, x: Tensor, time: Tensor, condition: Condition, x_clean: Tensor) -> Tensor:
         """g_φ, detached, [M, ...]; zero without one."""
         if self.flow is None:
             return torch.zeros_like(x)
         hint = (x_clean.detach(),) if self.hint else ()
         with torch.no_grad():
-            return self.flow(x, timestep, condition, *hint)
+            return self.flow(x, time, condition, *hint)
 
     def _x_clean(self, here: Evaluated) -> Tensor:
         """x̂(x_k) of the model that guesses, [M, ...]."""
-        eps = here.eps_ref if self.frozen_guess else here.eps
-        return kernels.predict_clean(here.x, eps, here.k.alpha_bar)
+        output = here.output_ref if self.frozen_guess else here.output
+        return kernels.predict_clean(here.x, output, here.k.here)
 
 
 def _rows(flags: Tensor, like: Tensor) -> Tensor:

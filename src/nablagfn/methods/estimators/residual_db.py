@@ -22,12 +22,12 @@ from ...core.types import Policy, Transitions
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
 
 
-def reverse_score(x: Tensor, x_next: Tensor, eps: Tensor, k: kernels.Step) -> Tensor:
+def reverse_score(x: Tensor, x_next: Tensor, output: Tensor, k: kernels.Step) -> Tensor:
     """∇_{x_k} log p(x_{k+1}|x_k) = J_m(x_k)ᵀ(x_{k+1} − m)/σ², detached, [M, ...].
 
     `eps` must carry its graph from `x`; the graph is freed. One vector-Jacobian product.
     """
-    m = kernels.mean(x, eps, k)
+    m = kernels.mean(x, output, k)
     (score,) = torch.autograd.grad(m, x, reverse_cotangent(x_next, m, k))
     return score
 
@@ -62,20 +62,20 @@ class ResidualDB(Estimator):
         self.modules = nn.ModuleDict({"flow": flow})
 
     def ahead(
-        self, batch: Transitions, k: kernels.Step, x: Tensor, eps_ref: Tensor
+        self, batch: Transitions, k: kernels.Step, x: Tensor, output_ref: Tensor
     ) -> Mapping[str, Tensor]:
         """The frozen model's reverse score, which frees its graph, then the guess at x_{k+1}."""
         found = {}
         if self.needs_input_graph:
             with self.policy.reference():
-                found["score_ref"] = reverse_score(x, batch.x_next, eps_ref, k)
+                found["score_ref"] = reverse_score(x, batch.x_next, output_ref, k)
         guessed = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
         return {**found, "guess": guessed.gradient}
 
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂ with the flow's own reverse and terminal losses."""
         batch, k, known = here.batch, here.k, here.ahead["guess"]
-        learned = self.flow(batch.x_next, k.timestep_next, batch.condition)
+        learned = self.flow(batch.x_next, k.next.time, batch.condition)
         return Estimate(
             value_gradient=known + learned,
             terms={
@@ -93,7 +93,7 @@ class ResidualDB(Estimator):
         batch = here.batch
         if not self.needs_input_graph:
             return torch.zeros(len(batch), dtype=batch.x.dtype, device=batch.x.device)
-        value = self.flow(batch.x, here.k.timestep, batch.condition)
+        value = self.flow(batch.x, here.k.here.time, batch.condition)
         return self.reverse_scale * mean_square(self.reverse_target(here) + value)
 
     def reverse_target(self, here: Evaluated) -> Tensor:
@@ -103,10 +103,10 @@ class ResidualDB(Estimator):
         cotangent serves both.
         """
         batch, k = here.batch, here.k
-        m = kernels.mean(here.x, here.eps, k)
-        x_clean = kernels.predict_clean(here.x, here.eps, k.alpha_bar)
+        m = kernels.mean(here.x, here.output, k)
+        x_clean = kernels.predict_clean(here.x, here.output, k.here)
         value = self.log_reward(x_clean, batch.condition)
-        gamma = row_attenuation(k.alpha_bar, self.mode, value)
+        gamma = row_attenuation(k.here.alpha_bar, self.mode, value)
         cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
         (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
         return shared - self.strength * here.ahead["score_ref"]

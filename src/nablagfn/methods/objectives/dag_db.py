@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import kernels
-from ...core.kernels import KernelTable, Step
+from ...core.kernels import KernelTable, Level, Step
 from ...core.lookahead import Attenuation, LogReward, row_attenuation
 from ...core.rollout import StepChoice
 from ...core.types import Condition, Losses, Objective, Policy, Selection, Transitions, beside
@@ -65,13 +65,14 @@ class DagDB(Objective):
     def losses(self, batch: Transitions) -> Losses:
         k = self.table.at(batch.step, batch.x)
         with self.policy.reference(), torch.no_grad():
-            eps_ref = self.policy.eps(batch.x, k.timestep, batch.condition)
+            output_ref = self.policy.output(batch.x, k.here.time, batch.condition)
         with torch.enable_grad():
-            eps = self.policy.eps(batch.x, k.timestep, batch.condition)
-            log_ratio = kernels.log_ratio(batch.x, batch.x_next, eps, eps_ref, k).flatten(1).sum(1)
-            eps_guess = eps_ref if self.frozen_guess else eps.detach()
-            here = self._guess(batch.x, eps_guess, k.alpha_bar, batch.condition)
-            here = here + self._flow(batch.x, k.timestep, batch.condition)
+            output = self.policy.output(batch.x, k.here.time, batch.condition)
+            log_ratio = kernels.log_ratio(batch.x, batch.x_next, output, output_ref, k)
+            log_ratio = log_ratio.flatten(1).sum(1)
+            guessing = output_ref if self.frozen_guess else output.detach()
+            here = self._guess(batch.x, guessing, k.here, batch.condition)
+            here = here + self._flow(batch.x, k.here.time, batch.condition)
             residual = here + log_ratio - self.log_flow_next(batch, k)
         return Losses({"balance": residual.square()}, {"log_ratio": log_ratio.detach()})
 
@@ -81,21 +82,21 @@ class DagDB(Objective):
         if not len(k.noisy):
             return known
         rows = beside(k.noisy, known)
-        x, timestep = batch.x_next[rows], k.timestep_next[rows]
+        x, level = batch.x_next[rows], k.next[rows]
         where = batch.condition[k.noisy]
         model = self.policy.reference() if self.frozen_guess else nullcontext()
         with model, torch.no_grad():
-            eps = self.policy.eps(x, timestep, where)
-        value = self._guess(x, eps, k.alpha_bar_next[rows], where) + self._flow(x, timestep, where)
+            output = self.policy.output(x, level.time, where)
+        value = self._guess(x, output, level, where) + self._flow(x, level.time, where)
         return known.index_put((rows,), value.to(known.dtype))
 
-    def _guess(self, x: Tensor, eps: Tensor, alpha_bar: Tensor, condition: Condition) -> Tensor:
+    def _guess(self, x: Tensor, output: Tensor, level: Level, condition: Condition) -> Tensor:
         """β·γ·r(decode(x̂)), a constant, [M]."""
         with torch.no_grad():
-            value = self.log_reward(kernels.predict_clean(x, eps, alpha_bar), condition)
-        return row_attenuation(alpha_bar, self.mode, value) * value
+            value = self.log_reward(kernels.predict_clean(x, output, level), condition)
+        return row_attenuation(level.alpha_bar, self.mode, value) * value
 
-    def _flow(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def _flow(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """s_φ(x), [M]."""
-        scalar: Tensor = self.flow(x, timestep, condition).flatten(1).sum(1)
+        scalar: Tensor = self.flow(x, time, condition).flatten(1).sum(1)
         return scalar

@@ -104,8 +104,8 @@ class DDPO(Objective):
     def losses(self, batch: Transitions) -> Losses:
         k = self.table.at(batch.step, batch.x)
         with torch.enable_grad():
-            eps = self.policy.eps(batch.x, k.timestep, batch.condition)
-            log_ratio = kernels.log_ratio(batch.x, batch.x_next, eps, batch.eps_old, k)
+            output = self.policy.output(batch.x, k.here.time, batch.condition)
+            log_ratio = kernels.log_ratio(batch.x, batch.x_next, output, batch.output_old, k)
             ratio = log_ratio.flatten(1).mean(1).exp()
             clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
             advantage = batch.signals["advantage"]

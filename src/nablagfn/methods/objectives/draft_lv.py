@@ -50,6 +50,6 @@ class DraftLV(Objective):
         k = self.table.at(batch.step, batch.x)
         x = kernels.renoise(batch.x_next, batch.signals["noise"], k)
         with torch.enable_grad():
-            eps = self.policy.eps(x, k.timestep, batch.condition)
-            x_clean = kernels.predict_clean(x, eps, k.alpha_bar)
+            output = self.policy.output(x, k.here.time, batch.condition)
+            x_clean = kernels.predict_clean(x, output, k.here)
             return Losses({"reward": -self.log_reward(x_clean, batch.condition)})

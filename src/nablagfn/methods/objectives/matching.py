@@ -18,7 +18,7 @@ from ...core.kernels import KernelTable, Step
 from ...core.rollout import StepChoice
 from ...core.types import Losses, Objective, Policy, Selection, Transitions
 from ...core.value_gradient import (
-    EPS_REF,
+    OUTPUT_REF,
     Estimator,
     Evaluated,
     StepWeight,
@@ -28,17 +28,17 @@ from ...core.value_gradient import (
 
 
 def residual_score(
-    x: Tensor, x_next: Tensor, eps: Tensor, eps_ref: Tensor, k: Step, strength: float = 1.0
+    x: Tensor, x_next: Tensor, output: Tensor, output_ref: Tensor, k: Step, strength: float = 1.0
 ) -> Tensor:
     """∇_{x_{k+1}} [log p_θ − s·log p_#](x_{k+1}|x_k), [M, ...].
 
-    With s = 1 both Gaussians share σ, so x_{k+1} cancels: (c2/σ²)(ε_θ − ε_#). Computing it so
+    With s = 1 both Gaussians share σ, so x_{k+1} cancels: (c2/σ²)(u_θ − u_#). Computing it so
     avoids the difference of two large scores.
     """
-    shared = k.c2 / k.std**2 * (eps - eps_ref)
+    shared = k.c2 / k.std**2 * (output - output_ref)
     if strength == 1.0:
         return shared
-    return shared + (1 - strength) * kernels.score_next(x, x_next, eps_ref, k)
+    return shared + (1 - strength) * kernels.score_next(x, x_next, output_ref, k)
 
 
 class MatchingObjective(Objective):
@@ -84,23 +84,28 @@ class MatchingObjective(Objective):
         k = self.table.at(batch.step, batch.x)
         graph = self.estimator.needs_input_graph
         x = batch.x.detach().requires_grad_(graph)
-        eps_ref = batch.signals.get(EPS_REF)
-        if eps_ref is None:
+        output_ref = batch.signals.get(OUTPUT_REF)
+        if output_ref is None:
             with self.policy.reference(), torch.set_grad_enabled(graph):
-                eps_ref = self.policy.eps(x, k.timestep, batch.condition)
-        ahead = self.estimator.ahead(batch, k, x, eps_ref)
+                output_ref = self.policy.output(x, k.here.time, batch.condition)
+        ahead = self.estimator.ahead(batch, k, x, output_ref)
         with torch.enable_grad():
-            eps = self.policy.eps(x, k.timestep, batch.condition)
-        return Evaluated(batch=batch, k=k, x=x, eps=eps, eps_ref=eps_ref, ahead=ahead)
+            output = self.policy.output(x, k.here.time, batch.condition)
+        return Evaluated(batch=batch, k=k, x=x, output=output, output_ref=output_ref, ahead=ahead)
 
     def losses(self, batch: Transitions) -> Losses:
         """Forward loss, trust region and the estimator's own terms, each [M]."""
         here = self.evaluate(batch)
         estimate = self.estimator(here)
         score = residual_score(
-            here.x.detach(), batch.x_next, here.eps, here.eps_ref.detach(), here.k, self.strength
+            here.x.detach(),
+            batch.x_next,
+            here.output,
+            here.output_ref.detach(),
+            here.k,
+            self.strength,
         )
-        drift = mean_square(here.eps - batch.eps_old)
+        drift = mean_square(here.k.eps_slope * (here.output - batch.output_old))
         w = step_weight(here.k, self.weight)
         terms = {
             "forward": mean_square(w * (score - estimate.value_gradient)),

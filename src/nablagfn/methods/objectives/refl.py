@@ -42,6 +42,6 @@ class ReFL(Objective):
     def losses(self, batch: Transitions) -> Losses:
         k = self.table.at(batch.step, batch.x)
         with torch.enable_grad():
-            eps = self.policy.eps(batch.x, k.timestep, batch.condition)
-            x_clean = kernels.predict_clean(batch.x, eps, k.alpha_bar)
+            output = self.policy.output(batch.x, k.here.time, batch.condition)
+            x_clean = kernels.predict_clean(batch.x, output, k.here)
             return Losses({"reward": -self.log_reward(x_clean, batch.condition)})

@@ -1,0 +1,302 @@
+"""What all latent models share: a LoRA on a frozen network, guidance, the VAE, and their state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from ..core import rng
+from ..core.schedules import Noising, Prediction
+from ..core.surrogate import wants_gradient
+from ..core.types import Condition, Metadata
+from .flow import UNetFlow
+from .in_range import Border
+from .shard import shard as shard_over_processes
+
+ADAPTER = "default"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence bars and notices of diffusers and transformers (safety checker, unused encoders)."""
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+class LatentModel(Protocol):
+    """What differs between families: a loaded pipeline, and how its parts are called.
+
+    network: the part that is finetuned. lora_targets: endings of the names of its layers that get
+    a LoRA. encoders: the names of the pipeline's text encoders. sample_shape: [C, H, W] of a
+    latent. text: which tensor of a condition g_φ attends to, and text_width its last size.
+    """
+
+    pipeline: Any
+    network: Any
+    lora_targets: tuple[str, ...]
+    encoders: tuple[str, ...]
+    sample_shape: tuple[int, ...]
+    prediction: Prediction
+    noising: Noising
+    text: str
+    text_width: int
+
+    def times(self, grid: str, num_steps: int) -> Sequence[float]:
+        """`Policy.times`."""
+        ...
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """What the network is given of these prompts, by name, each [len(prompts), ...]."""
+        ...
+
+    def call(
+        self, network: Callable[..., Any], x: Tensor, time: Tensor, given: Mapping[str, Tensor]
+    ) -> Tensor:
+        """u [M, C, H, W] of `network`, which is this model's or a compiled one of the same form."""
+        ...
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a LoRA's state so that the pipeline's load_lora_weights(folder) reads it."""
+        ...
+
+
+class LatentPolicy:
+    """A latent model with a trainable LoRA.
+
+    guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
+    lora_rank: rank and alpha. seed: of the LoRA's gaussian initialisation. The LoRA is float32
+    whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
+    no gradient is taken. name: hub name or folder, for the run's records. shard: the network's
+    frozen weights are spread over the processes (`models.shard`), on the device of the VAE.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        *,
+        guidance_scale: float = 5.0,
+        lora_rank: int = 8,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_slice: int = 0,
+        name: str = "",
+        shard: bool = False,
+    ) -> None:
+        self.model = model
+        self.pipeline = pipeline = model.pipeline
+        self.name = name or str(pipeline.name_or_path or "unnamed")
+        self.network: Any = model.network
+        self.network_free: Callable[..., Any] | None = None  # where no gradient is taken
+        self.vae = pipeline.vae
+        self.guidance_scale = guidance_scale
+        for module in (self.network, self.vae, *self._encoders()):
+            module.requires_grad_(False)
+            module.eval()
+        if ADAPTER in getattr(self.network, "peft_config", {}):
+            self.network.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
+        self._add_lora(lora_rank, seed)
+        self._border = Border(self.parameters()) if self.dtype == torch.float16 else None
+        self.together = shard
+        if shard:
+            shard_over_processes(self.network, self.vae.device, self.parameters())
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+            self.network.train()  # diffusers checkpoints in training mode only; SD has no dropout
+        if vae_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        self.vae_slice = vae_slice
+        self.sample_shape: tuple[int, ...] = model.sample_shape
+        self.prediction: Prediction = model.prediction
+        self.noising: Noising = model.noising
+        self._encoded: dict[str, dict[str, Tensor]] = {}  # on the CPU: prompt sets can be large
+        self._empty: Condition | None = None
+        self._encoder_hooks: list[Any] = []
+
+    def _encoders(self) -> list[nn.Module]:
+        return [getattr(self.pipeline, name) for name in self.model.encoders]
+
+    def _add_lora(self, rank: int, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.seed_of(seed, "lora"))
+            self.network.add_adapter(
+                LoraConfig(
+                    r=rank,
+                    lora_alpha=rank,
+                    init_lora_weights="gaussian",
+                    target_modules=list(self.model.lora_targets),
+                ),
+                adapter_name=ADAPTER,
+            )
+        for parameter in self.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen network."""
+        lora = {id(parameter) for parameter in self.parameters()}
+        return next(p.dtype for p in self.network.parameters() if id(p) not in lora)
+
+    def times(self, grid: str, num_steps: int) -> Sequence[float]:
+        return self.model.times(grid, num_steps)
+
+    # ---------------------------------------------------------------- prompts
+
+    def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Condition:
+        """Prompts with what the network is given of them, on the policy's device.
+
+        Each distinct prompt goes through the encoders once.
+        """
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        if missing:
+            self._encode(missing)
+        rows = [self._encoded[prompt] for prompt in prompts]
+        return Condition(
+            prompts=tuple(prompts),
+            metadata=tuple(metadata) or tuple({} for _ in prompts),
+            tensors={
+                name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]
+            },
+        )
+
+    def _encode(self, prompts: Sequence[str]) -> None:
+        with torch.no_grad(), quiet():
+            found = {
+                name: value.cpu() for name, value in self.model.encode(prompts, self.device).items()
+            }
+        for hook in self._encoder_hooks:
+            hook.offload()
+        for row, prompt in enumerate(prompts):
+            self._encoded[prompt] = {name: value[row] for name, value in found.items()}
+
+    def offload_text_encoder(self) -> None:
+        """Keep the text encoders in the computer's memory but while they encode new prompts."""
+        for name in self.model.encoders:
+            encoder, hook = cpu_offload_with_hook(getattr(self.pipeline, name), self.device)
+            setattr(self.pipeline, name, encoder)
+            self._encoder_hooks.append(hook)
+
+    # ---------------------------------------------------------------- the network
+
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Guided u (Ho & Salimans 2022): u_∅ + w(u_c − u_∅), in x's dtype, [M, C, H, W]."""
+        if self.guidance_scale == 1.0:
+            return self._output(x, time, condition.tensors)
+        if self._empty is None:  # kept on the device: every evaluation needs it
+            self._empty = self.condition([""])
+        both = self._output(
+            torch.cat([x, x]),
+            torch.cat([time, time]),
+            {
+                name: torch.cat([self._empty.tensors[name].expand_as(value), value])
+                for name, value in condition.tensors.items()
+            },
+        )
+        unconditional, conditional = both.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _output(self, x: Tensor, time: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        free = None if torch.is_grad_enabled() else self.network_free
+        network = free or self.network
+
+        def called(x: Tensor) -> Tensor:
+            return self.model.call(network, x, time, given)
+
+        if self._border is None:
+            return called(x.to(self.dtype)).to(x.dtype)
+        return self._border(called, x)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen pretrained model: LoRA off. Backward passes through checkpointed layers of
+        the frozen model must also run inside."""
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents [M, C, H, W] to images [M, 3, H', W'], nominally in [0, 1], not clamped.
+
+        Without a gradient `vae_slice` at a time.
+        """
+        if self.vae_slice and not wants_gradient(x):
+            return torch.cat([self._decode(part) for part in x.split(self.vae_slice)])
+        return self._decode(x)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        shift = self.vae.config.get("shift_factor")
+        latents = x / self.vae.config.scaling_factor + (shift or 0.0)
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (images / 2 + 0.5).to(x.dtype)
+
+    def make_flow(
+        self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
+    ) -> nn.Module:
+        """A new g_φ on the policy's device, exactly zero at start."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.seed_of(seed, "flow"))
+            flow = UNetFlow(
+                self.sample_shape,
+                self.model.text,
+                self.model.text_width,
+                widths,
+                layers_per_block,
+                hint=hint,
+            )
+        return flow.to(self.device)
+
+    # ---------------------------------------------------------------- records and state
+
+    def settings(self) -> dict[str, Any]:
+        """Model, guidance, rank and sharding as they are, whatever a config says."""
+        return {
+            "training.shard_base": self.together,
+            "pretrained.model": self.name,
+            "sampling.guidance_scale": self.guidance_scale,
+            "model.lora_rank": self.network.peft_config[ADAPTER].r,
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """θ: the LoRA's matrices."""
+        return [p for name, p in self.network.named_parameters() if ".lora_" in name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The LoRA by peft's names."""
+        return get_peft_model_state_dict(self.network)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when the state is not this LoRA's."""
+        mine = {name: value.shape for name, value in self.state_dict().items()}
+        if mine != {name: value.shape for name, value in state.items()}:
+            raise ValueError("the LoRA weights do not fit this model: other layers or another rank")
+        set_peft_model_state_dict(self.network, dict(state), adapter_name=ADAPTER)
+
+    def save(self, folder: Path) -> None:
+        """`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`."""
+        self.model.save(folder, self.state_dict())
