@@ -44,9 +44,9 @@ def predictions(policy: StableDiffusionPolicy, paths: Trajectories) -> tuple[Ten
         x = paths.x[:, step]
         timestep = table.at_step(step, x).timestep
         with torch.no_grad():
-            tuned.append(policy.eps(x, timestep, where))
+            tuned.append(policy.output(x, timestep, where))
             with policy.reference():
-                frozen.append(policy.eps(x, timestep, where))
+                frozen.append(policy.output(x, timestep, where))
     return torch.cat(tuned), torch.cat(frozen)
 
 

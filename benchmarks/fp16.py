@@ -57,7 +57,7 @@ def at(paths: Trajectories, step: int) -> Transitions:
     return Transitions(
         x=paths.x[:, step],
         x_next=paths.x[:, step + 1],
-        eps_old=paths.eps[:, step],
+        output_old=paths.output[:, step],
         step=torch.full((ROWS,), step),
         condition=paths.condition,
         signals={},
@@ -82,7 +82,7 @@ def adjoints(policy: StableDiffusionPolicy, paths: Trajectories, v: Tensor) -> l
         x = paths.x[:, step]
         k = table.at_step(step, x)
         here = Pass.at(policy, x, k, paths.condition, frozen=True)
-        found.append([here.pull_back(v), here.product([here.eps], [k.c2 * v])])
+        found.append([here.pull_back(v), here.product([here.output], [k.c2 * v])])
         v = found[-1][0]
     return found[::-1]
 

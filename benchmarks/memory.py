@@ -74,7 +74,7 @@ def true_peak(config: Config, rows: int) -> float:
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
         modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
         modules += modules_of(trainer.reward)
-        with Tracker([*tensors_of(modules), chosen.paths.x, chosen.paths.eps]) as tracker:
+        with Tracker([*tensors_of(modules), chosen.paths.x, chosen.paths.output]) as tracker:
             trainer.updater.accumulate(chosen, rows)
     return tracker.peak
 

@@ -61,12 +61,12 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
-    def eps(self, *arguments: Any, **options: Any) -> Tensor:
+    def output(self, *arguments: Any, **options: Any) -> Tensor:
         kind = "frozen U-Net" if self._frozen else "tuned U-Net"
         if not torch.is_grad_enabled() and not self._frozen:
             kind = "rollout"
         with self._watch.span(f"{kind}, forward"):
-            eps = self._policy.eps(*arguments, **options)
+            eps = self._policy.output(*arguments, **options)
         return self._watch.on_gradient(eps, f"{kind}, backward")
 
     @contextmanager

@@ -22,10 +22,10 @@ class Small(StableDiffusionPolicy):
 
     limit = 10**6
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         if torch.is_grad_enabled() and len(x) > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return super().eps(x, timestep, condition)
+        return super().output(x, time, condition)
 
 
 def run(out: Path, limit: int, method: str) -> Trainer:

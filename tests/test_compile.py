@@ -107,7 +107,7 @@ def passed(
         if without:
             inside.enter_context(without_theta(policy))
         inside.enter_context(torch.set_grad_enabled(graph))
-        eps = policy.eps(x, torch.full((len(x),), 7), where)
+        eps = policy.output(x, torch.full((len(x),), 7), where)
         if not graph:
             return [eps]
         wanted = [x, *(p for p in policy.parameters() if p.requires_grad)]
@@ -187,10 +187,10 @@ def test_paths_drawn_by_graphs_that_reuse_their_buffer(monkeypatch: pytest.Monke
     policy.unet_free = tune.Replayed(Reusing(policy.unet, log))
     _, found = draw(policy)
     assert torch.equal(found.paths.x, known.paths.x)
-    assert torch.equal(found.paths.eps, known.paths.eps)
+    assert torch.equal(found.paths.output, known.paths.output)
     assert log == ["step", "free"] * found.paths.num_steps
     x = found.paths.x[:, 0].clone().requires_grad_()
-    eps = policy.eps(x, torch.ones(len(x), dtype=torch.long), found.paths.condition)
+    eps = policy.output(x, torch.ones(len(x), dtype=torch.long), found.paths.condition)
     assert eps.requires_grad and len(log) == 2 * found.paths.num_steps
 
 
@@ -223,9 +223,9 @@ def test_they_tell_the_frozen_model_from_the_tuned_one(captured: None) -> None:
 
     def both() -> list[Tensor]:
         with torch.no_grad():
-            tuned = policy.eps(x, time, where)
+            tuned = policy.output(x, time, where)
             with policy.reference():
-                return [tuned, policy.eps(x, time, where)]
+                return [tuned, policy.output(x, time, where)]
 
     known = both()
     assert float((known[0] - known[1]).abs().max()) > 1e-3

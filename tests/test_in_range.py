@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from nablagfn.core import kernels, rng
+from nablagfn.core import rng
 from nablagfn.core.bellman import Pass
 from nablagfn.core.kernels import KernelTable
 from nablagfn.core.lookahead import LogReward, terminal_gradient
@@ -28,6 +28,7 @@ from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
 from nablagfn.training.trainer import Trainer
 from nablagfn.training.updater import Updater
+from tests.tables import table_of
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import randomise
@@ -51,7 +52,7 @@ def make_policy(dtype: torch.dtype = torch.float16, **options: object) -> Stable
 def drawn() -> tuple[KernelTable, Trajectories]:
     """Two paths by the model in float32."""
     policy = make_policy(torch.float32)
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+    table = table_of(policy, STEPS)
     noise = rng.normal((STEPS + 1, *policy.sample_shape), range(2), seed=0, purpose="noise")
     return table, rollout(policy, table, noise, policy.condition(PROMPTS))
 
@@ -85,13 +86,13 @@ def gradients(dtype: torch.dtype, beta: float) -> dict[str, Tensor]:
     v = terminal_gradient(log_reward, chosen.paths.clean, chosen.paths.condition)
     frozen = Pass.at(policy, here.x, here.k, batch.condition, frozen=True)
     target = estimator.reverse_target(here) + here.ahead["score_ref"]  # before they cancel
-    score = residual_score(here.x, batch.x_next, here.eps, here.eps_ref.detach(), here.k)
+    score = residual_score(here.x, batch.x_next, here.output, here.output_ref.detach(), here.k)
     loss = mean_square(score.detach() + score - here.ahead["guess"]).mean()
     return {
         "guess": here.ahead["guess"],
         "reverse score": here.ahead["score_ref"],
         "reverse target": target,
-        "adjoint through ε": frozen.product([frozen.eps], [here.k.c2 * v[chosen.row]]),
+        "adjoint through ε": frozen.product([frozen.output], [here.k.c2 * v[chosen.row]]),
         "LoRA": flat(torch.autograd.grad(loss, policy.parameters())),
     }
 
@@ -147,7 +148,7 @@ def test_a_product_is_exactly_linear_in_each_row_of_its_cotangent(power: int) ->
     """Rows far apart in scale: bit for bit the products of each at its own."""
     policy = make_policy()
     x, timestep, where = some(policy)
-    eps = policy.eps(x, timestep, where)
+    eps = policy.output(x, timestep, where)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     apart = torch.tensor([1.0, 2.0**power]).reshape(2, 1, 1, 1)
     (one,) = torch.autograd.grad(eps, x, v, retain_graph=True)
@@ -170,7 +171,7 @@ def test_the_gradient_of_theta_is_exactly_linear_in_the_loss(power: int, through
             value = replay(policy, table, paths.x[:, 0], start, noise, where)
         else:
             x, timestep, where = some(policy)
-            value = policy.eps(x.detach(), timestep, where)
+            value = policy.output(x.detach(), timestep, where)
         for parameter in policy.parameters():
             parameter.grad = None
         (scale * value.square().mean()).backward(inputs=policy.parameters())
@@ -184,7 +185,7 @@ def test_the_gradient_of_theta_is_exactly_linear_in_the_loss(power: int, through
 def test_without_the_border_neither_is(to: str, power: int) -> None:
     policy = make_policy()
     x, timestep, where = some(policy)
-    value = 2.0**power * policy.eps(x, timestep, where)
+    value = 2.0**power * policy.output(x, timestep, where)
     found = flat(torch.autograd.grad(value.sum(), x if to == "x" else policy.parameters()))
     assert not found.isfinite().all() if power > 0 else bool((found == 0).all())
 
@@ -194,7 +195,7 @@ def test_every_way_to_ask_for_gradients_agrees() -> None:
     policy = make_policy()
     theta = policy.parameters()
     x, timestep, where = some(policy)
-    eps = policy.eps(x, timestep, where)
+    eps = policy.output(x, timestep, where)
     value = 1e-9 * eps.square().sum()
     (to_eps,) = torch.autograd.grad(value, eps, retain_graph=True)
     assert torch.equal(to_eps, 1e-9 * 2 * eps)  # what lies outside of the border is not scaled
@@ -216,7 +217,7 @@ def test_checkpointing_changes_nothing() -> None:
     for checkpointing in (False, True):
         policy = make_policy(gradient_checkpointing=checkpointing)
         x, timestep, where = some(policy)
-        value = 1e9 * policy.eps(x, timestep, where).square().sum()
+        value = 1e9 * policy.output(x, timestep, where).square().sum()
         (to_x,) = torch.autograd.grad(value, x, retain_graph=True)
         found.append([to_x, *torch.autograd.grad(value, policy.parameters())])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
@@ -237,7 +238,7 @@ def test_scales_are_powers_of_two_and_a_broken_row_stays_alone() -> None:
     x, timestep, where = some(policy)
     v = torch.ones_like(x)
     v[0, 0, 0, 0] = math.inf
-    (product,) = torch.autograd.grad(policy.eps(x, timestep, where), x, v)
+    (product,) = torch.autograd.grad(policy.output(x, timestep, where), x, v)
     assert not product[0].isfinite().any() and product[1].isfinite().all()
 
 

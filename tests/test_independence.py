@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from nablagfn.config import Config
-from nablagfn.core import kernels, rng
+from nablagfn.core import rng
 from nablagfn.core.rollout import subsample_steps
 from nablagfn.core.types import Losses, Objective, Trajectories, Transitions
 from nablagfn.prompts import PromptSet, load_prompts
 from nablagfn.training.collect import Collector
+from tests.tables import table_of
 from tests.worlds import MixtureWorld
 
 PROMPTS = PromptSet(tuple(f"prompt {i}" for i in range(45)))
@@ -26,7 +27,7 @@ def make_collector(world: int = 1, rank: int = 0, per_process: int = 4, seed: in
     config.training.gradient_accumulation_steps = 1
     config.model.timestep_fraction = 0.5
     policy = MixtureWorld()
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+    table = table_of(policy, STEPS)
     return Collector(policy, table, PROMPTS, config, rank=rank, world=world)
 
 
@@ -136,7 +137,7 @@ def test_transitions_are_the_pairs_of_their_own_trajectory() -> None:
         for i in range(len(batch)):
             row = int((drawn.x[:, batch.step[i]] == batch.x[i]).all(1).nonzero()[0])
             assert torch.equal(drawn.x[row, batch.step[i] + 1], batch.x_next[i])
-            assert torch.equal(drawn.eps[row, batch.step[i]], batch.eps_old[i])
+            assert torch.equal(drawn.output[row, batch.step[i]], batch.output_old[i])
             assert drawn.condition.prompts[row] == batch.condition.prompts[i]
 
 

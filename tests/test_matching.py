@@ -24,6 +24,7 @@ from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.trainer import Trainer
+from tests.tables import table_of
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
 
@@ -57,7 +58,7 @@ class Scene:
 
 
 def draw_scene(policy: Policy, reward: Reward, num_steps: int = STEPS) -> Scene:
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", num_steps))
+    table = table_of(policy, num_steps)
     shape = (num_steps + 1, *policy.sample_shape)
     rows = range(len(PROMPTS))
     noise = rng.normal(shape, rows, seed=0, purpose="noise", dtype=torch.float64)
@@ -104,9 +105,9 @@ def test_forward_loss_is_the_distance_to_the_value_gradient(
     k, policy = here.k, scene.policy
     value = guess(scene.log_reward, policy, batch.x_next, k, batch.condition, "squared").gradient
     if with_flow:
-        value = value + flow(batch.x_next, k.timestep_next, batch.condition)
-    known = (k.c2 / k.std**2 * (here.eps - here.eps_ref) - value).square().mean(1)
-    opposite = (k.c2 / k.std**2 * (here.eps - here.eps_ref) + value).square().mean(1)
+        value = value + flow(batch.x_next, k.next.time, batch.condition)
+    known = (k.c2 / k.std**2 * (here.output - here.output_ref) - value).square().mean(1)
+    opposite = (k.c2 / k.std**2 * (here.output - here.output_ref) + value).square().mean(1)
     found = objective.losses(batch).terms["forward"]
     close(found, known)
     assert (found - opposite).abs().min() > 1e-6
@@ -114,8 +115,8 @@ def test_forward_loss_is_the_distance_to_the_value_gradient(
 
 def log_ratio(here: Evaluated, x_next: Tensor, strength: float) -> Tensor:
     """Σ log p_θ − s·log p_# over the batch, by the densities."""
-    ours = kernels.log_prob(here.x, x_next, here.eps, here.k)
-    return (ours - strength * kernels.log_prob(here.x, x_next, here.eps_ref, here.k)).sum()
+    ours = kernels.log_prob(here.x, x_next, here.output, here.k)
+    return (ours - strength * kernels.log_prob(here.x, x_next, here.output_ref, here.k)).sum()
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6, 0.0])
@@ -123,7 +124,9 @@ def test_forward_residual_is_the_gradient_of_the_log_ratio(scene: Scene, strengt
     here = scene.guess().evaluate(scene.batch)
     x_next = scene.batch.x_next.clone().requires_grad_()
     (known,) = torch.autograd.grad(log_ratio(here, x_next, strength), x_next)
-    found = residual_score(here.x, scene.batch.x_next, here.eps, here.eps_ref, here.k, strength)
+    found = residual_score(
+        here.x, scene.batch.x_next, here.output, here.output_ref, here.k, strength
+    )
     assert known.abs().max() > 1e-3
     close(found, known)
 
@@ -132,7 +135,7 @@ def test_x_next_cancels_at_full_strength_only(scene: Scene) -> None:
     here, x_next = scene.guess().evaluate(scene.batch), scene.batch.x_next
     for strength, cancels in ((1.0, True), (0.6, False)):
         one, other = (
-            residual_score(here.x, x, here.eps, here.eps_ref, here.k, strength)
+            residual_score(here.x, x, here.output, here.output_ref, here.k, strength)
             for x in (x_next, x_next + 1)
         )
         assert torch.equal(one, other) is cancels
@@ -141,9 +144,9 @@ def test_x_next_cancels_at_full_strength_only(scene: Scene) -> None:
 def test_the_short_formula_is_accurate_in_float32(scene: Scene) -> None:
     """A LoRA's first steps change ε by little; subtracting two scores would lose it."""
     here, x_next = scene.guess().evaluate(scene.batch), scene.batch.x_next
-    eps = here.eps_ref + 1e-5 * here.eps
-    exact = residual_score(here.x, x_next, eps, here.eps_ref, here.k)
-    delta = (eps - here.eps_ref).float()
+    eps = here.output_ref + 1e-5 * here.output
+    exact = residual_score(here.x, x_next, eps, here.output_ref, here.k)
+    delta = (eps - here.output_ref).float()
     k = scene.table.at(scene.batch.step, delta)
     short = residual_score(here.x.float(), x_next.float(), delta, torch.zeros_like(delta), k)
     torch.testing.assert_close(short.double(), exact, rtol=1e-5, atol=0)
@@ -170,7 +173,7 @@ def test_reverse_score_is_the_gradient_of_log_prob(
     scene: Scene = request.getfixturevalue(fixture)
     batch, policy = scene.batch, scene.policy
     k, x = scene.table.at(batch.step, batch.x), batch.x.clone().requires_grad_()
-    eps = policy.eps(x, k.timestep, batch.condition)
+    eps = policy.output(x, k.here.time, batch.condition)
     (known,) = torch.autograd.grad(
         kernels.log_prob(x, batch.x_next, eps, k).sum(), x, retain_graph=True
     )
@@ -189,14 +192,14 @@ def separate_reverse_target(scene: Scene, mode: str, strength: float) -> Tensor:
         return torch.autograd.grad(value.sum(), x)[0]
 
     def eps() -> Tensor:
-        return policy.eps(x, k.timestep, batch.condition)
+        return policy.output(x, k.here.time, batch.condition)
 
     ours = gradient(kernels.log_prob(x, batch.x_next, eps(), k))
     with policy.reference():
         reference = gradient(kernels.log_prob(x, batch.x_next, eps(), k))
-    images = policy.decode(kernels.predict_clean(x, eps(), k.alpha_bar))
+    images = policy.decode(kernels.predict_clean(x, eps(), k.here))
     reward = gradient(scene.reward(images, batch.condition.prompts, batch.condition.metadata))
-    gamma = k.alpha_bar if mode == "squared" else k.alpha_bar**0.5
+    gamma = k.here.alpha_bar if mode == "squared" else k.here.alpha_bar**0.5
     return ours - strength * reference + BETA * gamma * reward
 
 
@@ -223,7 +226,7 @@ def test_reverse_loss_is_the_mean_square_of_the_reverse_condition(
 ) -> None:
     batch, k = scene.batch, scene.table.at(scene.batch.step, scene.batch.x)
     terms = scene.residual_db(flow, reverse_scale=3.0).losses(batch).terms
-    value = flow(batch.x, k.timestep, batch.condition)
+    value = flow(batch.x, k.here.time, batch.condition)
     known = 3 * mean_square(separate_reverse_target(scene, "squared", 1.0) + value)
     close(terms["reverse"], known)
 
@@ -291,14 +294,14 @@ def test_zero_flow_without_reverse_loss_is_no_flow(scene: Scene, world: MixtureW
 class NeverAsked(MixtureWorld):
     """A policy whose ε must not be needed."""
 
-    def eps(self, x, timestep, condition):
+    def output(self, x, time, condition):
         raise AssertionError("the clean sample needs no prediction")
 
 
 @pytest.mark.parametrize("mode", ["squared", "sqrt"])
 def test_the_guess_at_the_clean_end_is_the_reward_gradient(mode: str) -> None:
     policy = NeverAsked()
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+    table = table_of(policy, STEPS)
     x_next = torch.randn(4, 2, dtype=torch.float64)
     where = policy.condition(PROMPTS)
     k = table.at(torch.full((4,), STEPS - 1), x_next)
@@ -319,9 +322,9 @@ def test_the_guess_is_the_attenuated_gradient_at_the_predicted_clean_sample(
     for row in range(len(batch)):
         one = torch.tensor([row])
         x = batch.x_next[one].clone().requires_grad_()
-        level, gamma, clean = k.alpha_bar_next[one], torch.ones(1), x
+        level, gamma, clean = k.next.alpha_bar[one], torch.ones(1), x
         if batch.step[row] < STEPS - 1:
-            eps = policy.eps(x, k.timestep_next[one], batch.condition[one])
+            eps = policy.output(x, k.next.time[one], batch.condition[one])
             clean = (x - (1 - level) ** 0.5 * eps) / level**0.5
             gamma = level if mode == "squared" else level**0.5
         reward = tilt(clean, batch.condition[one].prompts, ())
@@ -375,7 +378,7 @@ def test_trust_region_is_the_scaled_drift_of_eps(scene: Scene) -> None:
     randomise(scene.policy.parameters(), 0.1, seed=3)
     objective = scene.guess(trust=10.0)
     trust = objective.losses(scene.batch).terms["trust"]
-    drift = objective.evaluate(scene.batch).eps - scene.batch.eps_old
+    drift = objective.evaluate(scene.batch).output - scene.batch.output_old
     assert trust.min() > 0
     close(trust, 10 * drift.square().mean(1))
 

@@ -22,6 +22,7 @@ from nablagfn.methods.estimators.guess import Guess
 from nablagfn.methods.estimators.nabla_db_lambda import NablaDBLambda
 from nablagfn.methods.estimators.terminal_gradient import TerminalGradient
 from nablagfn.methods.objectives.matching import MatchingObjective, residual_score
+from tests.tables import table_of
 from tests.worlds import MixtureWorld, PlaneFlow, randomise, tilt
 
 PROMPTS = ("a", "bbb", "cc", "dddd")
@@ -67,7 +68,7 @@ def select(paths, steps: list[list[int]]) -> Selection:
 def scene() -> Scene:
     world = MixtureWorld(seed=1)
     randomise(world.parameters(), 0.2)
-    table = kernels.ddim(world.alphas_cumprod, world.timesteps("ddpm", STEPS))
+    table = table_of(world, STEPS)
     noise = rng.normal((STEPS + 1, 2), range(4), seed=0, purpose="noise", dtype=torch.float64)
     paths = rollout(world, table, noise, world.condition(PROMPTS))
     steps = [[0, 3, STEPS - 1], [2, 4, STEPS - 1], [1, 5, STEPS - 1], [3, 3, STEPS - 1]]
@@ -78,14 +79,14 @@ def pull_back(policy: Policy, x: Tensor, k: Step, condition: Condition, v: Tenso
     """J_{m_#}(x_k)ᵀ v by a pass of its own."""
     x = x.detach().requires_grad_()
     with policy.reference():
-        m = kernels.mean(x, policy.eps(x, k.timestep, condition), k)
+        m = kernels.mean(x, policy.output(x, k.here.time, condition), k)
         return torch.autograd.grad(m, x, v)[0]
 
 
 def guess_at(scene: Scene, x: Tensor, k: Step, condition: Condition, frozen: bool) -> Guessed:
     """The guess at x_k by passes of its own: that at x_{k+1} of a step that leads to x_k."""
     no, all_rows = torch.zeros_like(k.last), torch.arange(len(x))
-    into = replace(k, timestep_next=k.timestep, alpha_bar_next=k.alpha_bar, last=no, noisy=all_rows)
+    into = replace(k, next=k.here, last=no, noisy=all_rows)
     with scene.world.reference() if frozen else nullcontext():
         return guess(scene.log_reward, scene.world, x, into, condition, "squared")
 
@@ -157,7 +158,8 @@ def test_the_lean_adjoint_is_autograd_through_the_frozen_chain(scene: Scene) -> 
     with world.reference():
         for step in range(STEPS):
             k = scene.table.at_step(step, x)
-            m = kernels.mean(visited[-1], world.eps(visited[-1], k.timestep, paths.condition), k)
+            output = world.output(visited[-1], k.here.time, paths.condition)
+            m = kernels.mean(visited[-1], output, k)
             visited.append(m + (paths.x[:, step + 1] - m).detach())
     value = scene.log_reward(visited[-1], paths.condition).sum()
     expected = torch.stack(torch.autograd.grad(value, visited), 1)
@@ -173,10 +175,10 @@ def test_adjoint_matching_loss_is_the_paper_s(scene: Scene) -> None:
     estimator = AdjointMatching(scene.world, scene.log_reward, scene.table, chunk=4)
     batch = scene.chosen.transitions(estimator.prepare(scene.chosen))
     k = scene.table.at(batch.step, batch.x)
-    eps = scene.world.eps(batch.x, k.timestep, batch.condition)
+    eps = scene.world.output(batch.x, k.here.time, batch.condition)
     with scene.world.reference():
-        eps_ref = scene.world.eps(batch.x, k.timestep, batch.condition)
-    control = (kernels.mean(batch.x, eps, k) - kernels.mean(batch.x, eps_ref, k)) / k.std
+        output_ref = scene.world.output(batch.x, k.here.time, batch.condition)
+    control = (kernels.mean(batch.x, eps, k) - kernels.mean(batch.x, output_ref, k)) / k.std
     expected = (control - k.std * batch.signals["return_next"]).square().mean(1)
     close(scene.losses(estimator).terms["forward"], expected)
 
@@ -209,7 +211,7 @@ def test_signals_against_the_recursion_row_by_row(
 
     def value(x: Tensor, k: Step, condition: Condition) -> Tensor:
         known = guess_at(scene, x, k, condition, frozen)
-        return known.gradient + flow(x, k.timestep, condition, known.x_clean).detach()
+        return known.gradient + flow(x, k.here.time, condition, known.x_clean).detach()
 
     for i, (row, step) in enumerate(zip(chosen.row, chosen.step, strict=True)):
         own = chosen.paths[row[None]]
@@ -225,10 +227,10 @@ def test_signals_against_the_recursion_row_by_row(
             mixed = (1 - lam) * value(x, k, own.condition) + lam * back
         known = guess_at(scene, x, k, own.condition, frozen).gradient
         with scene.world.reference():
-            eps_ref = scene.world.eps(x, k.timestep, own.condition)
+            output_ref = scene.world.output(x, k.here.time, own.condition)
         close(found["return_next"][i], after[0])
         close(found["return_rest"][i], (back - known)[0])
-        close(found["eps_ref"][i], eps_ref[0])
+        close(found["output_ref"][i], output_ref[0])
 
 
 def test_the_loss_uses_the_frozen_prediction_of_the_sweep(scene: Scene) -> None:
@@ -238,9 +240,9 @@ def test_the_loss_uses_the_frozen_prediction_of_the_sweep(scene: Scene) -> None:
     signals = dict(estimator.prepare(scene.chosen))
     handed_on = objective.losses(scene.chosen.transitions(signals)).total()
     off = objective.losses(
-        scene.chosen.transitions({**signals, "eps_ref": signals["eps_ref"] + 1})
+        scene.chosen.transitions({**signals, "output_ref": signals["output_ref"] + 1})
     ).total()
-    del signals["eps_ref"]
+    del signals["output_ref"]
     close(handed_on, objective.losses(scene.chosen.transitions(signals)).total())
     assert float((off - handed_on).abs().min()) > 1e-6
 
@@ -260,12 +262,12 @@ def test_the_flow_s_loss_is_the_distance_of_v_from_the_return(
     x = batch.x.clone().requires_grad_()
     if frozen:
         with scene.world.reference():
-            eps = scene.world.eps(x, k.timestep, batch.condition)
+            eps = scene.world.output(x, k.here.time, batch.condition)
     else:
-        eps = scene.world.eps(x, k.timestep, batch.condition)
-    value = scene.log_reward(kernels.predict_clean(x, eps, k.alpha_bar), batch.condition)
-    (known,) = torch.autograd.grad((k.alpha_bar[:, 0] * value).sum(), x)
-    learned = flow(batch.x, k.timestep, batch.condition)
+        eps = scene.world.output(x, k.here.time, batch.condition)
+    value = scene.log_reward(kernels.predict_clean(x, eps, k.here), batch.condition)
+    (known,) = torch.autograd.grad((k.here.alpha_bar[:, 0] * value).sum(), x)
+    learned = flow(batch.x, k.here.time, batch.condition)
     close(scene.losses(estimator).terms["bellman"], mean_square(k.std * (known + learned - back)))
 
 
@@ -283,12 +285,12 @@ def test_the_hint_is_the_guess_s_x_clean_at_both_ends(scene: Scene) -> None:
     batch = scene.chosen.transitions({})
     k = scene.table.at(batch.step, batch.x)
     with scene.world.reference(), torch.no_grad():
-        after = scene.world.eps(batch.x_next, k.timestep_next, batch.condition)
-        here = scene.world.eps(batch.x, k.timestep, batch.condition)
-    after = kernels.predict_clean(batch.x_next, after, k.alpha_bar_next)
+        after = scene.world.output(batch.x_next, k.next.time, batch.condition)
+        here = scene.world.output(batch.x, k.here.time, batch.condition)
+    after = kernels.predict_clean(batch.x_next, after, k.next)
     after = torch.where(k.last[:, None], batch.x_next, after)
     close(seen[0], after)
-    close(seen[1], kernels.predict_clean(batch.x, here, k.alpha_bar))
+    close(seen[1], kernels.predict_clean(batch.x, here, k.here))
 
 
 def test_v_is_exact_at_the_clean_end(scene: Scene) -> None:
@@ -325,7 +327,7 @@ def test_bellman_s_equation_holds_where_the_value_is_linear() -> None:
     without an expectation, and the policy that it defines has zero loss."""
     world = MixtureWorld()
     world.means, world.weights = world.means[:1], torch.ones(1, dtype=torch.float64)
-    table = kernels.ddim(world.alphas_cumprod, world.timesteps("ddpm", STEPS))
+    table = table_of(world, STEPS)
     noise = rng.normal((STEPS + 1, 2), range(6), seed=0, purpose="noise", dtype=torch.float64)
     paths = rollout(world, table, noise, world.condition([""] * 6))
     slope = torch.tensor([1.0, -0.5], dtype=torch.float64).expand(6, 2)

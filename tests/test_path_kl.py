@@ -8,22 +8,23 @@ from torch.distributions import Normal, kl_divergence
 from nablagfn.core import kernels, rng
 from nablagfn.core.path_kl import path_kl, step_kl
 from nablagfn.core.rollout import rollout
+from tests.tables import discrete_table, table_of
 from tests.worlds import MixtureWorld
 
 LEVELS = torch.linspace(0.99, 0.02, 100, dtype=torch.float64)
 
 
 def test_step_kl_is_the_kl_of_two_gaussians() -> None:
-    table = kernels.ddim(LEVELS, [90, 60, 30])
-    x, eps, eps_ref = torch.randn(3, 5, 2, 4, generator=rng.generator(0, "t")).double()
+    table = discrete_table(LEVELS, [90, 60, 30])
+    x, eps, output_ref = torch.randn(3, 5, 2, 4, generator=rng.generator(0, "t")).double()
     k = table.at(torch.tensor([0, 1, 2, 2, 1]), x)
-    p, q = (Normal(kernels.mean(x, e, k), k.std.expand_as(x)) for e in (eps, eps_ref))
+    p, q = (Normal(kernels.mean(x, e, k), k.std.expand_as(x)) for e in (eps, output_ref))
     expected = kl_divergence(p, q).flatten(1).sum(1)
-    torch.testing.assert_close(step_kl(eps, eps_ref, k), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(step_kl(eps, output_ref, k), expected, rtol=1e-12, atol=0)
 
 
 def drawn(world: MixtureWorld, count: int):
-    table = kernels.ddim(world.alphas_cumprod, world.timesteps("ddpm", 20))
+    table = table_of(world, 20)
     noise = rng.normal((21, *world.sample_shape), range(count), seed=0, purpose="t").double()
     return table, rollout(world, table, noise, world.condition(["a"] * count, ()))
 
@@ -37,9 +38,9 @@ def test_path_kl_is_the_mean_log_ratio_of_the_policy_own_paths(world: MixtureWor
         x = paths.x[:, step]
         k = table.at_step(step, x)
         with torch.no_grad(), world.reference():
-            eps_ref = world.eps(x, k.timestep, paths.condition)
-        own = kernels.log_prob(x, paths.x[:, step + 1], paths.eps[:, step], k)
-        ratio += own - kernels.log_prob(x, paths.x[:, step + 1], eps_ref, k)
+            output_ref = world.output(x, k.here.time, paths.condition)
+        own = kernels.log_prob(x, paths.x[:, step + 1], paths.output[:, step], k)
+        ratio += own - kernels.log_prob(x, paths.x[:, step + 1], output_ref, k)
     gap = ratio - nats.sum(1)
     error = gap.std() / len(gap) ** 0.5
     assert nats.sum(1).mean() > 10 * error

@@ -13,11 +13,11 @@ from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from torch import Tensor
 
 from nablagfn.config import ConfigError
-from nablagfn.core import kernels
-from nablagfn.core.kernels import KernelTable
 from nablagfn.core.rollout import rollout
+from nablagfn.core.samplers import find_sampler
 from nablagfn.models.locate import locate
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from tests.tables import table_of
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import randomise
 
@@ -53,10 +53,10 @@ def test_without_its_lora_the_policy_is_the_pretrained_pipeline() -> None:
     policy, untouched = make_policy(guidance_scale=1.0), make_pipeline()
     x, timestep, where = some_inputs(policy)
     with policy.reference(), torch.no_grad():
-        reference = policy.eps(x, timestep, where)
+        reference = policy.output(x, timestep, where)
     with torch.no_grad():
-        known = untouched.unet(x, timestep, where.embeds).sample
-        finetuned = policy.eps(x, timestep, where)
+        known = untouched.unet(x, timestep, where.tensors["prompt_embeds"]).sample
+        finetuned = policy.output(x, timestep, where)
     assert torch.equal(reference, known)
     assert not torch.allclose(finetuned, known, atol=1e-3)
 
@@ -65,25 +65,25 @@ def test_a_new_lora_changes_nothing() -> None:
     policy = make_policy(scale=0.0)
     x, timestep, where = some_inputs(policy)
     with torch.no_grad():
-        eps = policy.eps(x, timestep, where)
+        eps = policy.output(x, timestep, where)
         with policy.reference():
-            assert torch.equal(eps, policy.eps(x, timestep, where))
+            assert torch.equal(eps, policy.output(x, timestep, where))
 
 
 def test_the_lora_comes_back_after_an_error() -> None:
     policy = make_policy()
     x, timestep, where = some_inputs(policy)
     with torch.no_grad():
-        before = policy.eps(x, timestep, where)
+        before = policy.output(x, timestep, where)
         with contextlib.suppress(RuntimeError), policy.reference():
             raise RuntimeError
-        assert torch.equal(before, policy.eps(x, timestep, where))
+        assert torch.equal(before, policy.output(x, timestep, where))
 
 
 def test_only_the_lora_is_trained() -> None:
     policy = make_policy(lora_rank=3)
     x, timestep, where = some_inputs(policy)
-    policy.eps(x, timestep, where).square().sum().backward()
+    policy.output(x, timestep, where).square().sum().backward()
     ours = {id(p) for p in policy.parameters()}
     parts = (policy.unet, policy.vae, policy.pipeline.text_encoder)
     trained = [p for part in parts for p in part.parameters() if p.requires_grad]
@@ -112,8 +112,8 @@ def test_guidance_one_is_the_conditional_model() -> None:
     policy = make_policy(guidance_scale=1.0)
     x, timestep, where = some_inputs(policy)
     with torch.no_grad():
-        known = policy.unet(x, timestep, where.embeds).sample
-        assert torch.equal(policy.eps(x, timestep, where), known)
+        known = policy.unet(x, timestep, where.tensors["prompt_embeds"]).sample
+        assert torch.equal(policy.output(x, timestep, where), known)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -126,10 +126,10 @@ def test_guidance_extrapolates_from_the_empty_prompt(
     empty = policy.condition([""] * 3)
     switch = policy.reference() if reference else contextlib.nullcontext()
     with torch.no_grad(), switch:
-        conditional = policy.eps(x, timestep, where)
-        unconditional = policy.eps(x, timestep, empty)
+        conditional = policy.output(x, timestep, where)
+        unconditional = policy.output(x, timestep, empty)
         policy.guidance_scale = 4.0
-        guided = policy.eps(x, timestep, where)
+        guided = policy.output(x, timestep, where)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     torch.testing.assert_close(guided, 4 * conditional - 3 * unconditional)
 
@@ -137,10 +137,10 @@ def test_guidance_extrapolates_from_the_empty_prompt(
 def test_conditions_are_encoded_like_the_pipeline_does() -> None:
     policy = make_policy()
     encoded, empty = policy.pipeline.encode_prompt(list(PROMPTS), "cpu", 1, True)
-    torch.testing.assert_close(policy.condition(PROMPTS).embeds, encoded)
-    torch.testing.assert_close(policy.condition([""] * 3).embeds, empty)
-    shuffled = policy.condition(PROMPTS[::-1]).embeds
-    assert torch.equal(shuffled, policy.condition(PROMPTS).embeds.flip(0))
+    torch.testing.assert_close(policy.condition(PROMPTS).tensors["prompt_embeds"], encoded)
+    torch.testing.assert_close(policy.condition([""] * 3).tensors["prompt_embeds"], empty)
+    shuffled = policy.condition(PROMPTS[::-1]).tensors["prompt_embeds"]
+    assert torch.equal(shuffled, policy.condition(PROMPTS).tensors["prompt_embeds"].flip(0))
 
 
 # -------------------------------------------------------------------------------- diffusers' own
@@ -176,7 +176,7 @@ def test_ddpm_draws_what_diffusers_draws(
     policy = make_policy(make_pipeline(prediction_type), guidance_scale=guidance)
     policy.pipeline.set_progress_bar_config(disable=True)
     noise = noise_for(policy, 5, len(PROMPTS))
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", 5))
+    table = table_of(policy, 5)
     ours = rollout(policy, table, noise, policy.condition(PROMPTS)).clean
     with given_noise(scheduling_ddim, noise, monkeypatch):
         theirs = by_diffusers(policy, noise)
@@ -191,7 +191,7 @@ def test_dpm_solver_draws_what_diffusers_draws(
     pipeline = policy.pipeline
     pipeline.set_progress_bar_config(disable=True)
     noise = noise_for(policy, 5, len(PROMPTS))
-    table = kernels.sde_dpm_solver(policy.alphas_cumprod, policy.timesteps("dpm-solver", 5))
+    table = table_of(policy, 5, "dpm-solver")
     ours = rollout(policy, table, noise, policy.condition(PROMPTS)).clean
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config,
@@ -240,23 +240,18 @@ def test_timesteps_give_a_table_for_every_scheduler(
     """1,000 of 1,000 steps may be refused, with the ValueError that becomes one line."""
     config = {"beta_schedule": "scaled_linear", **SCHEDULERS[spacing]}
     any_policy.pipeline.scheduler = DDIMScheduler(**config)
-    steps = any_policy.timesteps(sampler, num_steps)
     refused = contextlib.suppress(ValueError) if num_steps == 1000 else contextlib.nullcontext()
     with refused:
-        table = build(any_policy.alphas_cumprod, sampler, steps)
+        table = table_of(any_policy, num_steps, find_sampler(sampler).grid)
         assert table.num_steps == num_steps
-        assert table.timestep[0] <= 999 and table.timestep[-2] >= 1
-
-
-def build(levels: Tensor, sampler: str, steps: list[int]) -> KernelTable:
-    return (kernels.sde_dpm_solver if sampler == "dpm-solver" else kernels.ddim)(levels, steps)
+        assert table.time[0] <= 999 and table.time[-2] >= 1
 
 
 # -------------------------------------------------------------------------------- files
 
 
 def pictures(policy: StableDiffusionPolicy, noise: Tensor) -> Tensor:
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", noise.shape[1] - 1))
+    table = table_of(policy, noise.shape[1] - 1)
     where = policy.condition(PROMPTS)
     with torch.no_grad():
         return policy.decode(rollout(policy, table, noise, where).clean).clamp(0, 1)
@@ -294,7 +289,7 @@ def test_state_dict_round_trip() -> None:
     other.condition(PROMPTS)
     other.load_state_dict({k: v.clone() for k, v in one.state_dict().items()})
     with torch.no_grad():
-        assert torch.equal(one.eps(x, timestep, where), other.eps(x, timestep, where))
+        assert torch.equal(one.output(x, timestep, where), other.output(x, timestep, where))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert all(p.requires_grad for p in other.parameters())
 
@@ -324,7 +319,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(through: str) -> None:
         assert policy.unet.is_gradient_checkpointing is checkpointing
         x, timestep, where = some_inputs(policy)
         leaves = [x.requires_grad_()] if through == "input" else policy.parameters()
-        value = policy.eps(x, timestep, where).square().sum()
+        value = policy.output(x, timestep, where).square().sum()
         gradients.append(torch.autograd.grad(value, leaves))
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
@@ -338,11 +333,11 @@ def test_a_half_precision_model_keeps_lora_and_algebra_in_float32(
     policy = StableDiffusionPolicy.from_pretrained(str(tiny_folder), dtype=dtype, lora_rank=2)
     assert policy.dtype == dtype and policy.unet.conv_in.weight.dtype == dtype
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert policy.alphas_cumprod.dtype == torch.float64
+    assert policy.noising.levels(torch.zeros(1)).alpha.dtype == torch.float64
     if dtype == torch.float16:
         assert policy.vae.dtype == torch.float32
     x, timestep, where = some_inputs(policy)
-    eps = policy.eps(x, timestep, where)
+    eps = policy.output(x, timestep, where)
     eps.square().sum().backward()
     assert eps.dtype == torch.float32 and policy.decode(x).dtype == torch.float32
     assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}

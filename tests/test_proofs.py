@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from nablagfn.cli import main
-from nablagfn.core import kernels
 from nablagfn.worlds import load
 from nablagfn.worlds.mixture import tilted
 from nablagfn.worlds.policy import WorldPolicy
 from nablagfn.worlds.target import Target
+from tests.tables import table_of
 
 STEPS = 20
 SAMPLES = 1000  # per prompt
@@ -127,7 +127,7 @@ def test_the_yardstick_is_near_the_density_in_closed_form(name: str) -> None:
     """
     world = load(name)
     policy = WorldPolicy(world)
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+    table = table_of(policy, STEPS)
     exact_mean, exact_cov = world.mixture.moments()
     for row, prompt in enumerate(world.prompts):
         target = Target.of(world, table, prompt, count=20_000)

@@ -38,6 +38,7 @@ from nablagfn.methods.registry import METHODS, build_objective
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.training.trainer import Trainer
+from tests.tables import discrete_table, table_of
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, randomise, sd_alphas_cumprod, tilt
 
@@ -49,9 +50,9 @@ PROMPTS = ("a", "bb", "a", "cccc", "bb", "dddddd")
 class PromptedWorld(MixtureWorld):
     """Its ε depends on the prompt, so that a prompt of another row shows."""
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         lengths = torch.tensor([float(len(p)) for p in condition.prompts], dtype=x.dtype)
-        return super().eps(x, timestep, condition) + 0.05 * lengths[:, None]
+        return super().output(x, time, condition) + 0.05 * lengths[:, None]
 
 
 @dataclass
@@ -79,21 +80,23 @@ class Problem:
 def problem() -> Problem:
     world = PromptedWorld(hidden=8)
     randomise(world.parameters(), 0.3)
-    table = kernels.ddim(world.alphas_cumprod, world.timesteps("ddpm", N))
+    table = table_of(world, N)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(len(PROMPTS), N + 1, 2, generator=generator, dtype=torch.float64)
     drawn = rollout(world, table, noise, world.condition(PROMPTS))
     reward = tilt(drawn.clean, PROMPTS, [{}] * len(PROMPTS))
-    return Problem(world, table, noise, Trajectories(drawn.x, drawn.eps, drawn.condition, reward))
+    return Problem(
+        world, table, noise, Trajectories(drawn.x, drawn.output, drawn.condition, reward)
+    )
 
 
 def reverse_step(
     world: MixtureWorld, x: Tensor, step: int, condition: Condition
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and deviation of the DDPM posterior in its textbook form, and x̂."""
-    times = [*world.timesteps("ddpm", N), 0]
+    times = [*world.times("ddim", N), 0]
     a, a_next = (world.alphas_cumprod[times[i]] for i in (step, step + 1))
-    eps = world.eps(x, torch.full((len(x),), times[step]), condition)
+    eps = world.output(x, torch.full((len(x),), times[step]), condition)
     clean = (x - (1 - a).sqrt() * eps) / a.sqrt()
     one_step = a / a_next
     mean = a_next.sqrt() * (1 - one_step) / (1 - a) * clean
@@ -249,7 +252,7 @@ def test_draft_lv_denoises_noisy_copies_of_the_sample(problem: Problem) -> None:
     objective, chosen = lv_problem(problem, 2)
     batch = problem.batch(objective, chosen)
     losses = objective.losses(batch).total()
-    times = problem.world.timesteps("ddpm", N)
+    times = problem.world.times("ddim", N)
     kept = problem.world.alphas_cumprod[times[-1]] / problem.world.alphas_cumprod[0]
     values = []
     for i, row in enumerate(chosen.row.tolist()):
@@ -276,14 +279,14 @@ def test_draft_lv_noise_is_fresh_and_a_function_of_the_seed(problem: Problem) ->
 
 def test_renoising_leads_from_one_level_to_the_other() -> None:
     """x' at level ᾱ' becomes x at level ᾱ: signal √ᾱ, variance 1−ᾱ."""
-    table = kernels.ddim(sd_alphas_cumprod(), [801, 401, 1])
+    table = discrete_table(sd_alphas_cumprod(), [801, 401, 1])
     zero = torch.zeros(1, 1, dtype=torch.float64)
     for step in range(3):
         k = table.at_step(step, zero)
         signal = kernels.renoise(zero + 1, zero, k)
         own = kernels.renoise(zero, zero + 1, k)
-        close(signal * k.alpha_bar_next.sqrt(), k.alpha_bar.sqrt())
-        close(signal**2 * (1 - k.alpha_bar_next) + own**2, 1 - k.alpha_bar)
+        close(signal * k.next.alpha_bar.sqrt(), k.here.alpha_bar.sqrt())
+        close(signal**2 * (1 - k.next.alpha_bar) + own**2, 1 - k.here.alpha_bar)
 
 
 # -------------------------------------------------------------------------------- DDPO
@@ -338,7 +341,7 @@ def test_ddpo_starts_as_reinforce(problem: Problem) -> None:
 
 
 def test_ddpo_ratio_is_exactly_one_for_the_parameters_that_drew(problem: Problem) -> None:
-    x, eps = problem.paths.x, problem.paths.eps
+    x, eps = problem.paths.x, problem.paths.output
     k = problem.table.at_step(2, x[:, 2])
     same = kernels.log_ratio(x[:, 2], x[:, 3], eps[:, 2], eps[:, 2], k)
     assert torch.equal(same, torch.zeros_like(same))
@@ -428,7 +431,7 @@ class GaussianWorld:
     def __init__(self, slope: Tensor) -> None:
         self.alphas_cumprod = sd_alphas_cumprod()
         self.times = [1 + 200 * k for k in reversed(range(N))]
-        self.table = kernels.ddim(self.alphas_cumprod, self.times)
+        self.table = discrete_table(self.alphas_cumprod, self.times)
         self.mean = torch.tensor([1.0, -0.5], dtype=torch.float64)
         self.on = True
         self.w, self.const = [slope], [torch.zeros((), dtype=torch.float64)]
@@ -446,13 +449,13 @@ class GaussianWorld:
         a = self.alphas_cumprod[time]
         return (1 - a).sqrt() * (x - a.sqrt() * self.mean) / (a * self.STD**2 + 1 - a)
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """With the adapter on, the mean of each step is m_# + σ²·w_{k+1}: the optimum."""
         rows = []
-        for row, time in zip(x, timestep.tolist(), strict=True):
-            step = self.times.index(time)
+        for row, t in zip(x, time.long().tolist(), strict=True):
+            step = self.times.index(t)
             shift = self.table.std[step] ** 2 / self.table.c2[step] * self.w[step + 1]
-            rows.append(self._exact(row, time) + (shift if self.on else 0))
+            rows.append(self._exact(row, t) + (shift if self.on else 0))
         return torch.stack(rows)
 
     @contextlib.contextmanager
@@ -474,11 +477,11 @@ class ExactFlow(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         world = self.world
-        a = world.alphas_cumprod[timestep][:, None]
+        a = world.alphas_cumprod[timestep.long()][:, None]
         with world.reference() if self.frozen else contextlib.nullcontext():
-            clean = (x - (1 - a).sqrt() * world.eps(x, timestep, condition)) / a.sqrt()
+            clean = (x - (1 - a).sqrt() * world.output(x, timestep, condition)) / a.sqrt()
         known = a[:, 0] * self.log_reward(clean, condition)
-        steps = [world.times.index(t) for t in timestep.tolist()]
+        steps = [world.times.index(t) for t in timestep.long().tolist()]
         flow = [world.w[k] @ row + world.const[k] for k, row in zip(steps, x, strict=True)]
         return ((torch.stack(flow) - known) / 2)[:, None].expand(-1, 2)
 
@@ -522,7 +525,7 @@ def test_dag_db_loss_and_gradients_by_hand(problem: Problem, frozen: bool) -> No
     randomise(list(flow.parameters()), 0.3, seed=4)
     objective = DagDB(world, problem.log_reward, problem.table, "sqrt", flow, frozen_guess=frozen)
     losses = objective.losses(problem.batch(objective, all_steps(problem))).total()
-    times = world.timesteps("ddpm", N)
+    times = world.times("ddim", N)
 
     def log_flow(row: int, step: int) -> Tensor:
         x, where = problem.paths.x[row : row + 1, step], world.condition([PROMPTS[row]])

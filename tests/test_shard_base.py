@@ -32,6 +32,7 @@ from nablagfn.training.collect import Collector
 from nablagfn.training.trainer import Trainer
 from nablagfn.worlds.policy import WorldPolicy
 from tests.running import LAUNCHER, LEARNED, ROOT, metrics, weights
+from tests.tables import table_of
 from tests.test_trainer import make_trainer, small_config
 from tests.tiny_pipeline import make_pipeline
 
@@ -196,7 +197,7 @@ REFUSED: dict[str, dict[str, object]] = {
 def trace(policy: WorldPolicy) -> list[tuple[object, ...]]:
     """Fills with each pass: forward or backward, and what the forward pass keeps a graph for."""
     seen: list[tuple[object, ...]] = []
-    eps = policy.eps
+    eps = policy.output
 
     def traced(x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         graph = torch.is_grad_enabled()
@@ -207,7 +208,7 @@ def trace(policy: WorldPolicy) -> list[tuple[object, ...]]:
             found.register_hook(lambda _: seen.append(("backward",)))
         return found
 
-    policy.eps = traced  # type: ignore[method-assign]
+    policy.output = traced  # type: ignore[method-assign]
     return seen
 
 
@@ -259,11 +260,10 @@ def test_even_methods_are_not_refused(name: str, tmp_path: Path) -> None:
 
 def test_the_discarded_pass_changes_nothing() -> None:
     """The guess of clean rows only, with and without it."""
-    from nablagfn.core.kernels import ddim
     from nablagfn.core.lookahead import LogReward, guess
 
     policy = StableDiffusionPolicy(make_pipeline().to(torch.float64), guidance_scale=2.0)
-    table = ddim(policy.alphas_cumprod, policy.timesteps("ddpm", 4))
+    table = table_of(policy, 4)
     x = torch.randn(3, *policy.sample_shape, dtype=torch.float64)
     where = policy.condition(["a cat", "a dog", "an ant"])
     log_reward = LogReward(policy, lambda images, *_: images.square().flatten(1).mean(1), 10.0)

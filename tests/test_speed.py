@@ -32,6 +32,7 @@ from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic, modules_of, resolve
 from nablagfn.training.trainer import Trainer
 from tests.live_graph import LiveGraph
+from tests.tables import table_of
 from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
 from tests.tiny_rewards import save_weights
@@ -53,7 +54,7 @@ def draw(
     policy: Policy, dtype: torch.dtype = torch.float64
 ) -> tuple[kernels.KernelTable, Selection]:
     """Every transition of three paths."""
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+    table = table_of(policy, STEPS)
     rows = range(len(PROMPTS))
     shape = (STEPS + 1, *policy.sample_shape)
     noise = rng.normal(shape, rows, seed=0, purpose="noise", dtype=dtype)
@@ -102,7 +103,7 @@ def test_graphs_of_the_model_do_not_pile_up(flow: bool) -> None:
     parts = []
     x = batch.x.clone().requires_grad_(flow)
     with LiveGraph() as unet:
-        eps = policy.eps(x, k.timestep, batch.condition)
+        eps = policy.output(x, k.here.time, batch.condition)
         parts.append(unet.peak)
     with LiveGraph() as vae:
         log_reward = LogReward(policy, analytic.colourfulness, BETA)
@@ -111,7 +112,7 @@ def test_graphs_of_the_model_do_not_pile_up(flow: bool) -> None:
     objective = objective_for(policy, table, flow=flow)
     for network in objective.modules.values():
         with LiveGraph() as own:
-            kept = [network(batch.x, k.timestep, batch.condition) for _ in range(2)]
+            kept = [network(batch.x, k.here.time, batch.condition) for _ in range(2)]
             parts.append(own.peak)
             del kept
     del eps
@@ -132,9 +133,9 @@ def test_nothing_is_held_when_theta_is_evaluated() -> None:
 
         def spy(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
             held.append(graph.now)
-            return StableDiffusionPolicy.eps(policy, x, timestep, condition)
+            return StableDiffusionPolicy.output(policy, x, timestep, condition)
 
-        policy.eps = spy  # type: ignore[method-assign]
+        policy.output = spy  # type: ignore[method-assign]
         MatchingObjective(policy, table, estimator).losses(chosen.transitions({}))
     frozen, guess, theta = held
     assert frozen == theta == 0 < guess  # at x_k, at x_{k+1}, at x_k
@@ -150,9 +151,9 @@ def test_the_guess_keeps_nothing_for_theta() -> None:
 
     def spy(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
         seen.append(any(p.requires_grad for p in policy.parameters()))
-        return StableDiffusionPolicy.eps(policy, x, timestep, condition)
+        return StableDiffusionPolicy.output(policy, x, timestep, condition)
 
-    policy.eps = spy  # type: ignore[method-assign]
+    policy.output = spy  # type: ignore[method-assign]
     objective.losses(batch)
     assert seen == [False, False, True]  # frozen, guess, θ
     assert all(p.requires_grad for p in policy.parameters())
@@ -160,7 +161,7 @@ def test_the_guess_keeps_nothing_for_theta() -> None:
     def broken(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
         raise RuntimeError
 
-    policy.eps = broken  # type: ignore[method-assign]
+    policy.output = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         objective.estimator.ahead(batch, table.at(batch.step, batch.x), batch.x, batch.x)
     assert all(p.requires_grad for p in policy.parameters())
@@ -350,7 +351,7 @@ def on_meta(policy: StableDiffusionPolicy) -> Iterator[StableDiffusionPolicy]:
 
 def test_sampling_waits_for_nothing_and_copies_only_its_noise() -> None:
     with on_meta(make_policy(torch.float32)) as policy:
-        table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", STEPS))
+        table = table_of(policy, STEPS)
         noise = torch.randn(len(PROMPTS), STEPS + 1, *policy.sample_shape)
         where = policy.condition(PROMPTS)
         rollout(policy, table, noise, where)  # the table and the empty prompt go to the device
@@ -414,16 +415,17 @@ def test_walking_a_path_again_waits_for_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_coefficients_are_the_table_s(dtype: torch.dtype) -> None:
     policy = make_policy()
-    table = kernels.sde_dpm_solver(policy.alphas_cumprod, policy.timesteps("dpm-solver", 5))
+    table = table_of(policy, 5, "dpm-solver")
     step = torch.tensor([4, 0, 2, 4])
     k = table.at(step, torch.zeros(4, 1, 1, dtype=dtype))
     for name in ("c1", "c2", "std"):
         known = getattr(table, name)[step].to(dtype)[:, None, None]
         assert torch.equal(getattr(k, name), known), name
-    assert torch.equal(k.alpha_bar, table.alpha_bar[step].to(dtype)[:, None, None])
-    assert torch.equal(k.alpha_bar_next, table.alpha_bar[step + 1].to(dtype)[:, None, None])
-    assert torch.equal(k.timestep, table.timestep[step])
-    assert torch.equal(k.timestep_next, table.timestep[step + 1])
+    level = table.schedule.alpha_bar.to(dtype)
+    assert torch.equal(k.here.alpha_bar, level[step][:, None, None])
+    assert torch.equal(k.next.alpha_bar, level[step + 1][:, None, None])
+    assert torch.equal(k.here.time, table.time[step].to(dtype))
+    assert torch.equal(k.next.time, table.time[step + 1].to(dtype))
     assert k.last.tolist() == [True, False, False, True] and k.noisy.tolist() == [1, 2]
     for step_of_all, noisy in ((4, []), (1, [0, 1, 2])):
         assert table.at_step(step_of_all, torch.zeros(3, 1)).noisy.tolist() == noisy
@@ -448,7 +450,7 @@ def test_every_split_gives_the_same_update(method: str, tmp_path: Path) -> None:
         drawn = replace(
             drawn,
             x=drawn.x.double(),
-            eps=drawn.eps.double(),
+            output=drawn.output.double(),
             reward=trainer._scores(drawn).total,
         )
         trainer._observe(drawn)
@@ -525,12 +527,12 @@ def test_compiled_parts_give_the_same_run(
 
 def test_the_text_encoder_leaves_after_every_new_prompt() -> None:
     policy = make_policy(torch.float32)
-    known = policy.condition(PROMPTS).embeds
+    known = policy.condition(PROMPTS).tensors["prompt_embeds"]
     policy = make_policy(torch.float32)
     policy.offload_text_encoder()
     calls = []
     policy._encoder_hook.offload = lambda: calls.append(1)
-    assert torch.equal(policy.condition(PROMPTS).embeds, known)
+    assert torch.equal(policy.condition(PROMPTS).tensors["prompt_embeds"], known)
     policy.condition(PROMPTS)
     assert calls == [1]
     policy.condition(["a new one"])
@@ -593,7 +595,7 @@ def test_a_bf16_model_has_float32_islands() -> None:
         estimator = Guess(policy, LogReward(policy, reward, BETA), "squared")
         objective = MatchingObjective(policy, table, estimator)
         here, terms = objective.evaluate(batch), objective.losses(batch).terms
-        values = [here.eps, here.eps_ref, here.ahead["guess"], here.k.c2, *terms.values()]
+        values = [here.output, here.output_ref, here.ahead["guess"], here.k.c2, *terms.values()]
         assert {value.dtype for value in values} == {torch.float32}
         found.append((here.eps.detach(), here.ahead["guess"]))
     assert set(seen) == {torch.float32}

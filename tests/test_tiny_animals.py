@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from nablagfn import StableDiffusionPolicy
-from nablagfn.core import kernels
 from nablagfn.evaluation import draw
 from nablagfn.models.locate import EMBEDDED, critics_of
 from nablagfn.prompts import load_prompts
 from nablagfn.rewards.critics import AnimalClassifier
+from tests.tables import table_of
 
 FOLDER = EMBEDDED["tiny-animals"]
 GUIDANCE = 1.0
@@ -41,7 +41,7 @@ def judge(num_steps: int) -> dict[str, list[str]]:
     critics = critics_of("tiny-animals")
     assert critics is not None
     classifier = AnimalClassifier.from_folder(critics)
-    table = kernels.ddim(policy.alphas_cumprod, policy.timesteps("ddpm", num_steps))
+    table = table_of(policy, num_steps)
     seen: dict[str, list[str]] = {"asked": [], "animal": [], "style": [], "background": []}
     prompts = [p for p in load_prompts("simple_animals").prompts for _ in range(SAMPLES_EACH)]
     for rows in torch.arange(len(prompts)).split(50):

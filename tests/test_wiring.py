@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nablagfn.config import Config, ConfigError, set_option
-from nablagfn.core import kernels
 from nablagfn.evaluation.pictures import grid
 from nablagfn.methods.registry import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -18,6 +17,7 @@ from nablagfn.rewards import named
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.runtime.optimizers import build_optimizer
 from nablagfn.training.trainer import Trainer
+from tests.tables import discrete_table
 from tests.test_trainer import PROMPTS, make_trainer, small_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld
@@ -30,12 +30,7 @@ def test_the_sampler_is_the_one_asked_for(scheduler: str, eta: float) -> None:
         set_option(config, f"sampling.{key}", value)
     world = MixtureWorld()
     table = build_kernel(config, world)
-    steps = world.timesteps(scheduler, 10)
-    known = (
-        kernels.sde_dpm_solver(world.alphas_cumprod, steps)
-        if scheduler == "dpm-solver"
-        else kernels.ddim(world.alphas_cumprod, steps, eta)
-    )
+    known = discrete_table(world.alphas_cumprod, world.times(scheduler, 10), eta)
     assert torch.equal(table.c2, known.c2) and torch.equal(table.std, known.std)
 
 
@@ -87,10 +82,11 @@ def test_the_lora_of_a_run_gives_its_pictures_in_a_fresh_pipeline(tmp_path: Path
     time = torch.tensor([500, 20])
     where = trainer.policy.condition(["a cat", "a dog"], ())
     with torch.no_grad():
-        theirs = fresh.unet(x, time, where.embeds, return_dict=False)[0]
-        ours = trainer.policy.unet(x, time, where.embeds, return_dict=False)[0]
+        embeds = where.tensors["prompt_embeds"]
+        theirs = fresh.unet(x, time, embeds, return_dict=False)[0]
+        ours = trainer.policy.unet(x, time, embeds, return_dict=False)[0]
         with trainer.policy.reference():
-            base = trainer.policy.unet(x, time, where.embeds, return_dict=False)[0]
+            base = trainer.policy.unet(x, time, embeds, return_dict=False)[0]
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
     assert (ours - base).abs().max() > 1e-3
 

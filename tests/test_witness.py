@@ -19,14 +19,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nablagfn.core import kernels
 from nablagfn.core.kernels import KernelTable
 from nablagfn.core.lookahead import LogReward
+from nablagfn.core.schedules import DiscreteNoising
 from nablagfn.core.types import Condition, Losses, Transitions
 from nablagfn.methods.estimators.guess import Guess
 from nablagfn.methods.estimators.residual_db import ResidualDB
 from nablagfn.methods.objectives.matching import MatchingObjective
 from tests import witness
+from tests.tables import discrete_table
 from tests.worlds import MixtureWorld, randomise, tilt
 
 SHAPES = [(1,), (5,), (2, 3), (1, 2, 2), (3, 2, 2), (2, 1, 3)]
@@ -60,7 +61,7 @@ class Field(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Many: x [M, ...] → [M, ...]."""
-        rows = zip(x, timestep.tolist(), condition.prompts, strict=True)
+        rows = zip(x, timestep.long().tolist(), condition.prompts, strict=True)
         return torch.stack([self.one(*row) for row in rows])
 
 
@@ -71,11 +72,12 @@ class FieldPolicy(MixtureWorld):
         super().__init__()
         self.sample_shape = shape
         self.alphas_cumprod = levels
+        self.noising = DiscreteNoising(levels)
         self.frozen, self.adapter = (Field(shape, levels, 10 * seed + i) for i in (0, 1))
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        eps = self.frozen(x, timestep, condition)
-        return eps + 0.3 * self.adapter(x, timestep, condition) if self.adapter_on else eps
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        eps = self.frozen(x, time, condition)
+        return eps + 0.3 * self.adapter(x, time, condition) if self.adapter_on else eps
 
     def decode(self, x: Tensor) -> Tensor:
         return bend(x)
@@ -162,9 +164,9 @@ def choose_kernel(
 ) -> tuple[witness.Kernel, KernelTable]:
     """The same sampler in both languages: even seeds DDIM(η), odd ones SDE-DPM-Solver++."""
     if seed % 2:
-        return witness.sde_dpm_kernel, kernels.sde_dpm_solver(levels, times)
+        return witness.sde_dpm_kernel, discrete_table(levels, times)
     eta = random.Random(seed).choice((1.0, 0.5, 0.8))
-    return witness.ddim_kernel(eta), kernels.ddim(levels, times, eta)
+    return witness.ddim_kernel(eta), discrete_table(levels, times, eta)
 
 
 def unbatched(call: Callable[[Tensor, Tensor, Condition], Tensor]) -> witness.Field:
@@ -181,7 +183,7 @@ def reference(policy: MixtureWorld) -> witness.Field:
 
     def field(x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         with policy.reference():
-            return policy.eps(x, timestep, condition)
+            return policy.output(x, timestep, condition)
 
     return unbatched(field)
 
@@ -207,7 +209,7 @@ def draw_models(seed: int, shape: tuple[int, ...] | None, with_flow: bool):
         }
     old = copy.deepcopy(policy)
     randomise(old.parameters(), 0.2, seed + 3)
-    models["eps_theta"], models["eps_old"] = unbatched(policy.eps), unbatched(old.eps)
+    models["eps_theta"], models["eps_old"] = unbatched(policy.output), unbatched(old.output)
     models["flow"] = unbatched(flow) if with_flow else None
     return policy, flow, tilt if shape is None else likings, models
 
@@ -228,7 +230,7 @@ def draw(seed: int, shape: tuple[int, ...] | None, with_flow: bool = True) -> Pr
     batch = Transitions(
         x=torch.stack([step.x for step in steps]),
         x_next=torch.stack([step.x_next for step in steps]),
-        eps_old=torch.stack(old),
+        output_old=torch.stack(old),
         step=torch.tensor([k for k, _ in rows]),
         condition=policy.condition(prompts),
     )

@@ -20,33 +20,37 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from nablagfn import worlds
 from nablagfn.config import ConfigError
-from nablagfn.core import kernels, rng
+from nablagfn.core import rng
 from nablagfn.core.kernels import KernelTable
+from nablagfn.core.schedules import Levels, output_of
+from nablagfn.core.types import Condition
 from nablagfn.metrics.prior import mmd2, rbf_widths
 from nablagfn.worlds import measures
 from nablagfn.worlds.measure import distances, floors, measure, of_prompt
 from nablagfn.worlds.mixture import Mixture, Quadratic, Tilted, tilted
 from nablagfn.worlds.plot import plane
-from nablagfn.worlds.policy import PlaneFlow, WorldPolicy, WorldReward
+from nablagfn.worlds.policy import PROMPT, PlaneFlow, WorldPolicy, WorldReward
 from nablagfn.worlds.target import Target, base_samples, gaussian_chain
 from nablagfn.worlds.view import WorldView
-from nablagfn.worlds.world import World
+from nablagfn.worlds.world import CLEAN_ANGLE, World
+from tests import tables
 from tests.worlds import randomise
 
 STEPS = 32
 COUNT = 20_000
-KERNELS = {
-    "ddpm": kernels.ddim,
-    "ddim-half": lambda levels, times: kernels.ddim(levels, times, eta=0.5),
-    "dpm-solver": kernels.sde_dpm_solver,
-}
+KERNELS = {"ddpm": 1.0, "ddim-half": 0.5}  # η
 
 every_world = pytest.mark.parametrize("name", worlds.names())
 
 
 def table_of(world: World, steps: int = STEPS, kernel: str = "ddpm") -> KernelTable:
-    policy = WorldPolicy(world)
-    return KERNELS[kernel](policy.alphas_cumprod, policy.timesteps(kernel, steps))
+    return tables.table_of(WorldPolicy(world), steps, eta=KERNELS[kernel])
+
+
+def vp(alpha_bar: float, rows: int) -> Levels:
+    """α = √ᾱ, σ = √(1 − ᾱ), [rows, 1] each."""
+    level = torch.full((rows, 1), alpha_bar, dtype=torch.float64)
+    return Levels(level.sqrt(), (1 - level).sqrt())
 
 
 @lru_cache
@@ -87,19 +91,24 @@ def test_eps_is_the_gradient_of_the_log_density(alpha_bar: float, components: in
         whole.variances,
     )
     x = torch.randn(50, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
-    level = torch.full((50, 1), alpha_bar, dtype=torch.float64)
-    (score,) = torch.autograd.grad(mixture.log_density(x, level).sum(), x)
-    expected = -math.sqrt(1 - alpha_bar) * score
-    torch.testing.assert_close(mixture.eps(x, level), expected, rtol=1e-10, atol=1e-10)
+    levels = vp(alpha_bar, 50)
+    (score,) = torch.autograd.grad(mixture.log_density(x, levels).sum(), x)
+    found = mixture.posterior(x, levels)
+    torch.testing.assert_close(found.eps, -levels.sigma * score, rtol=1e-10, atol=1e-10)
+    back = levels.alpha * found.x_clean + levels.sigma * found.eps
+    torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
 
 
 def test_eps_in_float32_is_as_good_as_float32_can_be() -> None:
     mixture = worlds.load("mixture-16d").mixture
-    level = torch.full((500, 1), 0.99, dtype=torch.float64)
-    x = mixture.noised(0.99).sample(500, generator())
-    small = mixture.to("cpu", torch.float32).eps(x.float(), level.float())
-    assert small.dtype == torch.float32
-    torch.testing.assert_close(small.double(), mixture.eps(x, level), rtol=0, atol=1e-4)
+    levels = vp(0.99, 500)
+    x = mixture.noised(math.sqrt(0.99), 0.1).sample(500, generator())
+    narrow = Levels(levels.alpha.float(), levels.sigma.float())
+    small = mixture.to("cpu", torch.float32).posterior(x.float(), narrow)
+    wide = mixture.posterior(x, levels)
+    for one, other in ((small.eps, wide.eps), (small.x_clean, wide.x_clean)):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-4)
 
 
 def test_the_density_integrates_to_one() -> None:
@@ -107,18 +116,16 @@ def test_the_density_integrates_to_one() -> None:
     side = torch.linspace(-5, 5, 201, dtype=torch.float64)
     x = torch.cartesian_prod(side, side)
     for alpha_bar in (1.0, 0.4):
-        level = torch.full((len(x), 1), alpha_bar, dtype=torch.float64)
-        mass = mixture.log_density(x, level).exp().sum() * (side[1] - side[0]) ** 2
+        mass = mixture.log_density(x, vp(alpha_bar, len(x))).exp().sum() * (side[1] - side[0]) ** 2
         assert float(mass) == pytest.approx(1, abs=1e-6)
 
 
 def test_noised_is_the_same_density_and_samples_have_its_moments() -> None:
     mixture, alpha_bar = lopsided(), 0.3
-    noised = mixture.noised(alpha_bar)
+    noised = mixture.noised(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
     x = noised.sample(40_000, generator(1))
-    level = torch.full((len(x), 1), alpha_bar, dtype=torch.float64)
-    clean = torch.ones_like(level)
-    torch.testing.assert_close(mixture.log_density(x, level), noised.log_density(x, clean))
+    here, clean = vp(alpha_bar, len(x)), vp(1.0, len(x))
+    torch.testing.assert_close(mixture.log_density(x, here), noised.log_density(x, clean))
     mean, covariance = noised.moments()
     error = 5 * covariance.diagonal().sqrt() / math.sqrt(len(x))
     assert bool(((x.mean(0) - mean).abs() < error).all())
@@ -138,7 +145,7 @@ def test_mode_of_is_the_nearest_mean() -> None:
 def check_tilt(mixture: Mixture, reward: Quadratic, prompt: int, beta: float) -> None:
     """log p + βr − log p' is the same number everywhere: log Z."""
     x = 2 * torch.randn(100, mixture.dim, generator=generator(), dtype=torch.float64)
-    density = mixture.log_density(x, torch.ones(100, 1, dtype=torch.float64))
+    density = mixture.log_density(x, vp(1.0, 100))
     value = beta * reward(x, torch.full((100,), prompt))
     log_z = density + value - log_prob(tilted(mixture, reward, prompt, beta), x)
     assert float(log_z.max() - log_z.min()) < 1e-8
@@ -227,7 +234,7 @@ def test_the_chain_needs_one_gaussian() -> None:
 def test_the_sampler_converges_to_the_pretrained_density() -> None:
     """Its distance falls with the number of steps, at least as 1/N: KL as 1/N²."""
     world = worlds.load("gaussian")
-    wanted = world.mixture.noised(float(WorldPolicy(world).alphas_cumprod[0])).moments()
+    wanted = world.mixture.noised(math.cos(CLEAN_ANGLE), math.sin(CLEAN_ANGLE)).moments()
     found = [
         float(
             measures.gaussian_kl(
@@ -244,7 +251,7 @@ def test_the_target_is_near_the_closed_form(name: str) -> None:
     """E[r] differs by the discretisation error of 32 steps (0.11 in the 4-D Gaussian, below 0.07
     elsewhere) and the sampling error of 20,000 weighted draws (below 0.02)."""
     world = worlds.load(name)
-    end = world.mixture.noised(float(WorldPolicy(world).alphas_cumprod[0]))
+    end = world.mixture.noised(math.cos(CLEAN_ANGLE), math.sin(CLEAN_ANGLE))
     for prompt in range(len(world.prompts)):
         target = target_of(world, prompt)
         known = tilted(end, world.reward, prompt, world.beta)
@@ -470,20 +477,22 @@ def test_the_policy_starts_at_the_pretrained_model(name: str) -> None:
     condition = policy.condition([world.prompts[-1]] * 20, ())
     x = torch.randn(20, world.dim, generator=generator())
     time = torch.arange(1, 1000, 50)
-    levels = policy.alphas_cumprod.float()[time][:, None]
-    eps = policy.eps(x, time, condition)
-    assert torch.equal(eps, world.mixture.to("cpu", torch.float32).eps(x, levels))
-    assert policy.eps(x.double(), time, condition).dtype == torch.float64
+    eps = policy.output(x, time, condition)
+    wide = world.noising.levels(time)
+    levels = Levels(wide.alpha.float()[:, None], wide.sigma.float()[:, None])
+    known = world.mixture.to("cpu", torch.float32).posterior(x, levels)
+    assert torch.equal(eps, output_of(known.x_clean, known.eps, levels, world.prediction))
+    assert policy.output(x.double(), time, condition).dtype == torch.float64
     flow = policy.make_flow((), 1, 0)
     assert not flow(x, time, condition).any()
     randomise(policy.parameters(), 0.1)
-    assert not torch.equal(policy.eps(x, time, condition), eps)
+    assert not torch.equal(policy.output(x, time, condition), eps)
     with policy.reference():
-        assert torch.equal(policy.eps(x, time, condition), eps)
+        assert torch.equal(policy.output(x, time, condition), eps)
         with policy.reference():
             pass
-        assert torch.equal(policy.eps(x, time, condition), eps)
-    assert not torch.equal(policy.eps(x, time, condition), eps)
+        assert torch.equal(policy.output(x, time, condition), eps)
+    assert not torch.equal(policy.output(x, time, condition), eps)
     assert policy.decode(x) is x and policy.settings() == {"pretrained.model": f"worlds/{name}"}
 
 
@@ -493,12 +502,12 @@ def test_the_adapter_is_added_to_the_score() -> None:
     randomise(policy.parameters(), 0.2)
     x = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
     time, condition = torch.tensor([1, 100, 400, 700, 999]), policy.condition(["east"] * 5)
-    noise = (1 - policy.alphas_cumprod[time][:, None]).sqrt()
+    levels = policy.noising.levels(time)
+    noise = levels.sigma[:, None]
     with policy.reference():
-        eps_ref = policy.eps(x, time, condition)
-    before, after = -eps_ref / noise, -policy.eps(x, time, condition) / noise
-    alpha_bar = policy.alphas_cumprod[time][:, None]
-    x_clean = (x - noise * eps_ref) / alpha_bar.sqrt()
+        output_ref = policy.output(x, time, condition)
+    before, after = -output_ref / noise, -policy.output(x, time, condition) / noise
+    x_clean = (x - noise * output_ref) / levels.alpha[:, None]
     added = policy.adapter(x, time, condition, x_clean)
     assert float(added.detach().abs().min()) > 1e-3
     torch.testing.assert_close(after - before, added, rtol=1e-9, atol=1e-9)
@@ -513,7 +522,7 @@ def test_the_adapter_sees_time_and_prompt() -> None:
     same = policy.condition([policy.world.prompts[0]] * 3)
     by_time = policy.adapter(x, torch.tensor([1, 500, 999]), same, x)
     assert len({tuple(row) for row in by_time.tolist()}) == 3
-    with pytest.raises(ValueError, match="embeds"):
+    with pytest.raises(ValueError, match="the tensor 'prompt'"):
         policy.adapter(x, time, WorldPolicy(worlds.load("ring")).condition(["east"] * 3), x)
 
 
@@ -537,22 +546,21 @@ def test_state_round_trip(tmp_path: Path) -> None:
     other.load_state_dict(load_file(tmp_path / "adapter.safetensors"))
     condition = policy.condition(world.prompts)
     x, time = torch.ones(3, 2), torch.tensor([1, 2, 3])
-    assert torch.equal(policy.eps(x, time, condition), other.eps(x, time, condition))
+    assert torch.equal(policy.output(x, time, condition), other.output(x, time, condition))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 64, 999])
 def test_timesteps_fall_strictly_from_the_noisiest(steps: int) -> None:
     policy = WorldPolicy(worlds.load("ring"))
-    times = policy.timesteps("ddpm", steps)
+    times = policy.times("ddim", steps)
     assert len(times) == steps and times[0] == 999 and min(times) >= 1
     gaps = [a - b for a, b in zip(times, [*times[1:], 0], strict=True)]
     assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
-    for kernel in KERNELS.values():
-        assert kernel(policy.alphas_cumprod, times).num_steps == steps
+    assert table_of(policy.world, steps).num_steps == steps
 
 
 def test_the_schedule_is_nearly_clean_and_nearly_noise() -> None:
-    levels = WorldPolicy(worlds.load("ring")).alphas_cumprod
+    levels = worlds.load("ring").noising.levels(torch.arange(1000)).alpha.square()
     assert levels.shape == (1000,) and levels.dtype == torch.float64
     assert float(levels[0]) == pytest.approx(math.cos(0.029) ** 2)
     assert float(levels[-1]) == pytest.approx(math.sin(0.02) ** 2)
@@ -578,13 +586,17 @@ def test_conditions_carry_their_own_prompt_when_indexed() -> None:
     policy = WorldPolicy(worlds.load("prompts"))
     names = [policy.world.prompts[i] for i in (2, 0, 0, 1)]
     condition = policy.condition(names, ())
-    assert condition.embeds is not None and condition.embeds.shape == (4, 3)
-    assert condition.embeds.argmax(1).tolist() == [2, 0, 0, 1] and len(condition.metadata) == 4
+    assert condition.tensors[PROMPT].shape == (4, 3)
+    assert condition.tensors[PROMPT].argmax(1).tolist() == [2, 0, 0, 1]
+    assert len(condition.metadata) == 4
     part = condition[torch.tensor([3, 0])]
-    assert part.embeds is not None and part.embeds.argmax(1).tolist() == [1, 2]
+    assert part.tensors[PROMPT].argmax(1).tolist() == [1, 2]
     assert part.prompts == (names[3], names[0])
     single = WorldPolicy(worlds.load("ring")).condition(["east"] * 2, ({"a": 1}, {"a": 2}))
-    assert single.embeds is None and single[torch.tensor([1])].metadata == ({"a": 2},)
+    assert not single.tensors and single[torch.tensor([1])].metadata == ({"a": 2},)
+    both = Condition.cat([part, condition])
+    assert both.prompts == part.prompts + condition.prompts
+    assert both.tensors[PROMPT].argmax(1).tolist() == [1, 2, 2, 0, 0, 1]
 
 
 def test_unknown_prompts_end_with_one_line() -> None:
@@ -621,7 +633,7 @@ def test_unknown_worlds_end_with_one_line_that_names_the_nearest() -> None:
 OWN = """
 import torch
 from nablagfn.worlds.mixture import Mixture, Quadratic
-from nablagfn.worlds.world import World, vector
+from nablagfn.worlds.world import CLEAN_ANGLE, World, vector
 
 WORLD = World(
     title="two modes on a line",
@@ -662,7 +674,7 @@ def test_too_many_steps_end_with_one_line() -> None:
     policy = WorldPolicy(worlds.load("ring"))
     for steps in (0, 1000):
         with pytest.raises(ConfigError, match=r"config\.sampling\.num_steps"):
-            policy.timesteps("ddpm", steps)
+            policy.times("ddim", steps)
 
 
 @pytest.mark.parametrize(

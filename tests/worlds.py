@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nablagfn.core.schedules import DiscreteNoising, Prediction
 from nablagfn.core.types import Condition, Metadata
 
 MEANS = ((-1.5, 0.0), (1.0, 1.5), (1.0, -1.0))
@@ -59,9 +60,9 @@ class PlaneFlow(nn.Module):
         self.net = _mlp(hidden, seed, hint)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, condition: Condition, hint: Tensor | None = None
+        self, x: Tensor, time: Tensor, condition: Condition, hint: Tensor | None = None
     ) -> Tensor:
-        inputs = _inputs(x, self.levels[timestep][:, None])
+        inputs = _inputs(x, self.levels[time.long()][:, None])
         return self.net(inputs if hint is None else torch.cat([inputs, hint], 1))
 
 
@@ -71,9 +72,11 @@ class MixtureWorld:
     sample_shape: tuple[int, ...] = (2,)
     device = torch.device("cpu")
     together = False
+    prediction: Prediction = "epsilon"
 
     def __init__(self, hidden: int = 16, seed: int = 0) -> None:
         self.alphas_cumprod = sd_alphas_cumprod()
+        self.noising = DiscreteNoising(self.alphas_cumprod)
         self.means = torch.tensor(MEANS, dtype=torch.float64)
         self.weights = torch.tensor(WEIGHTS, dtype=torch.float64)
         self.adapter = _mlp(hidden, seed)
@@ -108,16 +111,16 @@ class MixtureWorld:
 
     # ---------------------------------------------------------------- Policy
 
-    def timesteps(self, scheduler: str, num_steps: int) -> list[int]:
+    def times(self, grid: str, num_steps: int) -> list[int]:
         ratio = len(self.alphas_cumprod) // num_steps
         return [1 + ratio * k for k in reversed(range(num_steps))]
 
     def condition(self, prompts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Condition:
         return Condition(tuple(prompts), tuple(metadata) or tuple({} for _ in prompts))
 
-    def eps(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        assert len(x) == len(timestep) == len(condition)
-        level = self.alphas_cumprod[timestep][:, None]
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        assert len(x) == len(time) == len(condition)
+        level = self.alphas_cumprod[time.long()][:, None]
         eps = self.exact_eps(x.double(), level)
         if self.adapter_on:
             eps = eps + (1 - level).sqrt() * self.adapter(_inputs(x, level))

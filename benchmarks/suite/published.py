@@ -35,12 +35,12 @@ class Unmerged(ResidualDB):
     def reverse_target(self, here: Evaluated) -> Tensor:
         """∇_{x_k}[log p_θ − s·log p_#](x_{k+1}|x_k) + β·γ·∇r(x̂_θ(x_k)), detached, [M, ...]."""
         batch, k = here.batch, here.k
-        m = kernels.mean(here.x, here.eps, k)
+        m = kernels.mean(here.x, here.output, k)
         cotangent = reverse_cotangent(batch.x_next, m, k)
         (score,) = torch.autograd.grad(m, here.x, cotangent, retain_graph=True)
-        x_clean = kernels.predict_clean(here.x, here.eps, k.alpha_bar)
+        x_clean = kernels.predict_clean(here.x, here.output, k.here)
         value = self.log_reward(x_clean, batch.condition)
-        gamma = row_attenuation(k.alpha_bar, self.mode, value)
+        gamma = row_attenuation(k.here.alpha_bar, self.mode, value)
         (slope,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
         return score + slope - self.strength * here.ahead["score_ref"]
 

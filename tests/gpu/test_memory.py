@@ -70,12 +70,12 @@ def test_one_row_too_many_is_an_error_that_says_what_to_do(cuda: torch.device) -
 def test_a_text_encoder_that_is_offloaded(device: torch.device) -> None:
     """On the device for a new prompt only; the same embeddings."""
     config = load_config("demo")
-    known = build_policy(config, device).condition(["a cat"], ()).embeds  # type: ignore[union-attr]
+    known = build_policy(config, device).condition(["a cat"], ()).tensors["prompt_embeds"]  # type: ignore[union-attr]
     config.speed.offload_text_encoder = True
     policy: Any = build_policy(config, device)
     encoder = policy.pipeline.text_encoder
     assert {t.device.type for t in tensors_of([encoder])} == {"cpu"}
-    assert torch.equal(policy.condition(["a cat"], ()).embeds, known)
+    assert torch.equal(policy.condition(["a cat"], ()).tensors["prompt_embeds"], known)
     assert {t.device.type for t in tensors_of([encoder])} == {"cpu"}
 
 

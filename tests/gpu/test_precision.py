@@ -43,7 +43,7 @@ def one_update(
     trainer = trainer_on(device, method, out / precision, **usual, **half, **options)
     start = learned(trainer)
     condition = trainer.policy.condition(chosen.paths.condition.prompts, ())
-    paths = type(chosen.paths)(chosen.paths.x, chosen.paths.eps, condition, chosen.paths.reward)
+    paths = type(chosen.paths)(chosen.paths.x, chosen.paths.output, condition, chosen.paths.reward)
     updated = trainer.updater.update(type(chosen)(paths, chosen.row, chosen.step, chosen.seed))
     theta = list(trainer.policy.state_dict())
     end = learned(trainer)
@@ -110,7 +110,9 @@ def guesses(precision: str, beta: float, device: torch.device) -> Tensor:
     for step in range(6):
         steps = torch.full((2,), step)
         where = policy.condition(["cat", "dog"], ())
-        batch = Transitions(paths.x[:, step], paths.x[:, step + 1], paths.eps[:, 0], steps, where)
+        batch = Transitions(
+            paths.x[:, step], paths.x[:, step + 1], paths.output[:, 0], steps, where
+        )
         k = table.at(steps, batch.x)
         found.append(guess(log_reward, policy, batch.x_next, k, where, "squared").gradient)
     return torch.cat(found).cpu()

@@ -64,7 +64,7 @@ def test_cuda_graphs_draw_the_plain_paths_bit_for_bit(cuda: torch.device, tmp_pa
     )
     for _ in range(3):  # warm-up, capture, replay
         found = rollout(policy, table, noise, where)
-    assert torch.equal(found.x, known.x) and torch.equal(found.eps, known.eps)
+    assert torch.equal(found.x, known.x) and torch.equal(found.output, known.output)
 
 
 def test_cuda_graphs_tell_the_frozen_model_from_the_tuned_one(
@@ -79,9 +79,9 @@ def test_cuda_graphs_tell_the_frozen_model_from_the_tuned_one(
 
     def both() -> list[Tensor]:
         with torch.no_grad():
-            tuned = policy.eps(x, time, where)
+            tuned = policy.output(x, time, where)
             with policy.reference():
-                return [tuned, policy.eps(x, time, where)]
+                return [tuned, policy.output(x, time, where)]
 
     turns = [both() for _ in range(3)]
     policy.unet_free = None

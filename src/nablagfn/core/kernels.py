@@ -70,11 +70,13 @@ class KernelTable:
     """All N transitions of one sampler, noisiest first.
 
     schedule: [N+1] levels, the last is the clean end. on_x, on_clean, std: [N] float64, the
-    kernel's coefficients. prediction: what the network's output u means.
+    kernel's coefficients. prediction: what the network's output u means; clean: [2, N+1] float64,
+    x̂ = clean[0]·x + clean[1]·u at each level.
     """
 
     schedule: Schedule
     prediction: Prediction
+    clean: Tensor
     on_x: Tensor
     on_clean: Tensor
     std: Tensor
@@ -97,23 +99,18 @@ class KernelTable:
     @functools.cached_property
     def c1(self) -> Tensor:
         """[N] float64, the coefficient of x in the mean."""
-        return self.on_x + self.on_clean * self._clean[0, :-1]
+        return self.on_x + self.on_clean * self.clean[0, :-1]
 
     @functools.cached_property
     def c2(self) -> Tensor:
         """[N] float64, the coefficient of u in the mean."""
-        return self.on_clean * self._clean[1, :-1]
-
-    @functools.cached_property
-    def _clean(self) -> Tensor:
-        """[2, N+1] float64, x̂ = _clean[0]·x + _clean[1]·u at each level."""
-        return clean_of_output(self.schedule, self.prediction)
+        return self.on_clean * self.clean[1, :-1]
 
     @functools.cached_property
     def coefficients(self) -> Tensor:
         """[16, N] float64: five of each level at x_k, then at x_{k+1}, then six of the step."""
         alpha, sigma = self.schedule.alpha, self.schedule.sigma
-        level = torch.stack([alpha, sigma, self.schedule.alpha_bar, *self._clean])
+        level = torch.stack([alpha, sigma, self.schedule.alpha_bar, *self.clean])
         a, s, a_next, s_next = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
         back = a / a_next
         step = torch.stack(
@@ -121,7 +118,7 @@ class KernelTable:
                 self.c1,
                 self.c2,
                 self.std,
-                -a * self._clean[1, :-1] / s,
+                -a * self.clean[1, :-1] / s,
                 back,
                 (s.square() - (back * s_next).square()).sqrt(),
             ]
@@ -178,7 +175,7 @@ def _one_step(
 def kernel_table(schedule: Schedule, eta: float, prediction: Prediction) -> KernelTable:
     """The kernels of a time grid at η in 0..1.
 
-    Raises ValueError for another η, where a step with η > 0 would have no noise (its density would
+    Raises ValueError for another η, an unknown prediction, where a step with η > 0 would have no noise (its density would
     not exist), and for an ε-prediction at α = 0, which says nothing of x̂ there.
     """
     if not 0 <= eta <= 1:
@@ -201,6 +198,7 @@ def kernel_table(schedule: Schedule, eta: float, prediction: Prediction) -> Kern
     return KernelTable(
         schedule=schedule,
         prediction=prediction,
+        clean=clean_of_output(schedule, prediction),
         on_x=on_x,
         on_clean=alpha_next - alpha * on_x,
         std=fresh.sqrt() * sigma_next,
