@@ -19,7 +19,7 @@ from nablagfn import load_config
 from nablagfn.core.kernels import KernelTable
 from nablagfn.core.rollout import rollout
 from nablagfn.core.types import Trajectories
-from nablagfn.methods.registry import build_kernel
+from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 
 PROMPT, ROWS, LEVELS = "cat", 8, 8
@@ -42,7 +42,7 @@ def predictions(policy: StableDiffusionPolicy, paths: Trajectories) -> tuple[Ten
     tuned, frozen = [], []
     for step in range(LEVELS):
         x = paths.x[:, step]
-        timestep = table.at_step(step, x).timestep
+        timestep = table.at_step(step, x).here.time
         with torch.no_grad():
             tuned.append(policy.output(x, timestep, where))
             with policy.reference():

@@ -21,7 +21,7 @@ from nablagfn.commands.planner import synchronise
 from nablagfn.config import Config, set_option
 from nablagfn.core import rng
 from nablagfn.core.rollout import rollout
-from nablagfn.methods.registry import build_kernel
+from nablagfn.methods.build import build_kernel
 from nablagfn.recipes.options import load_config
 
 

@@ -184,7 +184,7 @@ def test_paths_drawn_by_graphs_that_reuse_their_buffer(monkeypatch: pytest.Monke
     policy, log = make_policy(guidance_scale=1.0), list[str]()
     _, known = draw(policy)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: log.append("step"))
-    policy.unet_free = tune.Replayed(Reusing(policy.unet, log))
+    policy.network_free = tune.Replayed(Reusing(policy.unet, log))
     _, found = draw(policy)
     assert torch.equal(found.paths.x, known.paths.x)
     assert torch.equal(found.paths.output, known.paths.output)
@@ -208,7 +208,7 @@ def test_graphs_of_the_u_net_give_the_same_run(
     lines: list[str] = []
     monkeypatch.setattr("nablagfn.runs.progress.Bar.line", lambda bar, text: lines.append(text))
     trainer, found = trained(tmp_path, **{"speed.cuda_graphs": True})
-    assert isinstance(trainer.policy.unet_free, tune.Replayed)
+    assert isinstance(trainer.policy.network_free, tune.Replayed)
     same_weights(found, plain)
     (line,) = (text for text in lines if "torch.compile" in text)
     assert re.match(r"torch.compile: [1-9]\d* graphs, 0 graph breaks", line), line
@@ -249,7 +249,7 @@ def test_they_are_refused_where_there_is_no_cuda_device(
     config = load_config("demo")
     config.speed.cuda_graphs = True
     policy: Any = assemble.build_policy(config, CPU)
-    assert policy.unet_free is None
+    assert policy.network_free is None
     (row,) = examine(config, CPU, [Check("device", machine.devices)])
     assert row.finding.status == "failure" and "cuda_graphs" in row.finding.text
     tune.check_speed(config.speed, torch.device("cuda"))

@@ -13,7 +13,8 @@ import torch
 
 from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, resolve_reward
 from nablagfn.config import set_option
-from nablagfn.methods.registry import METHODS, build_kernel
+from nablagfn.methods.build import build_kernel
+from nablagfn.methods.registry import METHODS
 from nablagfn.rewards import NamedReward
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.worlds import load

@@ -69,7 +69,7 @@ def some(policy: StableDiffusionPolicy) -> tuple[Tensor, Tensor, Condition]:
     """x_0 of the two paths, which wants a gradient, with the time and the prompts."""
     table, paths = drawn()
     x = paths.x[:, 0].clone().requires_grad_()
-    return x, table.at_step(0, x).timestep, policy.condition(PROMPTS)
+    return x, table.at_step(0, x).here.time, policy.condition(PROMPTS)
 
 
 def flat(values: Sequence[Tensor]) -> Tensor:

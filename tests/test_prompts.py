@@ -12,7 +12,7 @@ import pytest
 from nablagfn import prompts as module
 from nablagfn.config import Config, ConfigError
 from nablagfn.core import rng
-from nablagfn.methods.registry import build_kernel
+from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import BUILT_IN, PromptSet, load_prompts, plural
 from nablagfn.training.collect import Collector

@@ -28,13 +28,14 @@ from nablagfn.core.types import (
     Trajectories,
     Transitions,
 )
-from nablagfn.methods.objectives.alignprop import AlignProp
+from nablagfn.methods.build import build_objective
 from nablagfn.methods.objectives.dag_db import DagDB
 from nablagfn.methods.objectives.ddpo import DDPO, PromptStatistics
-from nablagfn.methods.objectives.draft import DraftK
+from nablagfn.methods.objectives.draft import TruncatedBackpropagation
 from nablagfn.methods.objectives.draft_lv import DraftLV
 from nablagfn.methods.objectives.refl import ReFL
-from nablagfn.methods.registry import METHODS, build_objective
+from nablagfn.methods.parts import Parts
+from nablagfn.methods.registry import METHODS
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.training.trainer import Trainer
@@ -127,9 +128,16 @@ def close(a: Tensor, b: Tensor) -> None:
 # -------------------------------------------------------------------------------- direct methods
 
 
+def truncated(problem: Problem, steps: int | None) -> TruncatedBackpropagation:
+    """DRaFT-K; AlignProp for None."""
+    return TruncatedBackpropagation(problem.world, problem.log_reward, problem.table, steps=steps)
+
+
 @pytest.mark.parametrize("steps", [1, 2, N, N + 3])
 def test_draft_k_is_the_gradient_through_the_last_k_steps(problem: Problem, steps: int) -> None:
-    objective = DraftK(problem.world, problem.log_reward, problem.table, steps=steps)
+    objective = TruncatedBackpropagation(
+        problem.world, problem.log_reward, problem.table, steps=steps
+    )
     first = max(0, N - steps)
     assert objective.choose(N, torch.Generator()).tolist() == [first]
     batch = problem.batch(objective, problem.select([first] * len(PROMPTS)))
@@ -144,7 +152,7 @@ def test_draft_k_is_the_gradient_through_the_last_k_steps(problem: Problem, step
 def test_draft_n_is_the_whole_gradient_of_the_expected_reward(problem: Problem) -> None:
     """By central differences of freshly drawn paths along a random direction of θ."""
     world = problem.world
-    objective = DraftK(world, problem.log_reward, problem.table, steps=N)
+    objective = TruncatedBackpropagation(world, problem.log_reward, problem.table, steps=N)
     batch = problem.batch(objective, problem.select([0] * len(PROMPTS)))
     analytic = gradient(objective.losses(batch).total().sum(), world)
     start = nn.utils.parameters_to_vector(world.parameters()).detach()
@@ -164,7 +172,9 @@ def test_draft_n_is_the_whole_gradient_of_the_expected_reward(problem: Problem) 
 def test_draft_1_differs_from_draft_n(problem: Problem) -> None:
     grads = []
     for steps in (1, N):
-        objective = DraftK(problem.world, problem.log_reward, problem.table, steps=steps)
+        objective = TruncatedBackpropagation(
+            problem.world, problem.log_reward, problem.table, steps=steps
+        )
         batch = problem.batch(objective, problem.select([N - steps] * len(PROMPTS)))
         grads.append(gradient(objective.losses(batch).total().sum(), problem.world))
     assert (grads[0] - grads[1]).norm() > 0.1 * grads[1].norm()
@@ -174,10 +184,12 @@ MIXED = [3, 0, 4, 1, 0, 2]
 
 
 def test_alignprop_is_draft_k_at_each_paths_own_k(problem: Problem) -> None:
-    objective = AlignProp(problem.world, problem.log_reward, problem.table)
+    objective = truncated(problem, None)
     losses = objective.losses(problem.batch(objective, problem.select(MIXED))).total()
     for row, step in enumerate(MIXED):
-        draft = DraftK(problem.world, problem.log_reward, problem.table, steps=N - step)
+        draft = TruncatedBackpropagation(
+            problem.world, problem.log_reward, problem.table, steps=N - step
+        )
         alone = draft.losses(problem.batch(draft, problem.select([step], [row]))).total()
         close(losses[row : row + 1], alone)
         (ours, theirs) = (
@@ -189,7 +201,8 @@ def test_alignprop_is_draft_k_at_each_paths_own_k(problem: Problem) -> None:
 
 
 def test_alignprop_draws_every_truncation_alike() -> None:
-    objective = AlignProp.__new__(AlignProp)
+    objective = TruncatedBackpropagation.__new__(TruncatedBackpropagation)
+    objective.steps = None
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([objective.choose(N, generator) for _ in range(2000)])
     share = torch.bincount(drawn, minlength=N) / 2000
@@ -659,9 +672,8 @@ def test_two_updates_are_one_and_one_and_do_not_depend_on_the_micro_batch(
 def test_every_row_is_scored_with_its_own_prompt(method: str, problem: Problem) -> None:
     """Paths in another order, transitions in another order: the same loss for each."""
     config = method_config(method, Path())
-    objective = build_objective(
-        config, problem.world, tilt, PromptSet(tuple(sorted(set(PROMPTS)))), problem.table
-    )
+    prompts = PromptSet(tuple(sorted(set(PROMPTS))))
+    objective = build_objective(Parts(config, problem.world, tilt, prompts, problem.table))
     assert problem.paths.reward is not None
     objective.observe(PROMPTS, problem.paths.reward)
     steps = objective.choose(N, torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import nn
 
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.evaluation.pictures import grid
-from nablagfn.methods.registry import build_kernel
+from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import named

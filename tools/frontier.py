@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads e
 import matplotlib
 from proofs import carry_out_all, safe_name
 
+from nablagfn.config import Config
+from nablagfn.methods.registry import find_method
 from nablagfn.report import compare
 from nablagfn.runs.runfolder import RunFolder
 
@@ -29,7 +32,7 @@ from matplotlib import pyplot as plt
 
 UPDATES = 6
 SCALES = (100.0, 1_000.0, 10_000.0)
-TILTING: dict[str, dict[str, object]] = {
+COMPARED: dict[str, dict[str, object]] = {
     "residual ∇-DB (paper)": {},
     "no_flow (paper)": {"model.no_flow": True},
     "∇-DB(λ)": {
@@ -41,8 +44,6 @@ TILTING: dict[str, dict[str, object]] = {
     "Adjoint Matching": {"experiment.method": "adjoint-matching"},
     "terminal gradient": {"experiment.method": "terminal-gradient"},
     "DAG-DB": {"experiment.method": "dag-db"},
-}
-CLIMBING: dict[str, dict[str, object]] = {
     "DDPO": {"experiment.method": "ddpo"},
     "ReFL": {"experiment.method": "refl"},
     "DRaFT-4": {"experiment.method": "draft-k", "method.draft_steps": 4},
@@ -88,14 +89,16 @@ class Run:
 
 
 def runs() -> list[Run]:
-    tilting = [
+    """Each method at each scale, or once where it has no prior."""
+    return [
         Run(label, scale, tuple(options.items()))
-        for label, options in TILTING.items()
-        for scale in SCALES
+        for label, options in COMPARED.items()
+        for scale in (SCALES if has_prior(options) else (None,))
     ]
-    return tilting + [
-        Run(label, None, tuple(options.items())) for label, options in CLIMBING.items()
-    ]
+
+
+def has_prior(options: Mapping[str, object]) -> bool:
+    return find_method(str(options.get("experiment.method", Config().experiment.method))).has_prior
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def draw_samples(runs: Sequence[Run], out: Path, world: str, path: Path) -> None
 
     from nablagfn.commands.assemble import build_policy, build_view
     from nablagfn.evaluation import draw
-    from nablagfn.methods.registry import build_kernel
+    from nablagfn.methods.build import build_kernel
     from nablagfn.runs.runfolder import complete_checkpoints
     from nablagfn.training.checkpoint import load_policy
 

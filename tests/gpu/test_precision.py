@@ -15,7 +15,7 @@ from nablagfn.commands.assemble import build_reward
 from nablagfn.core.lookahead import LogReward, guess
 from nablagfn.core.rollout import rollout
 from nablagfn.core.types import Transitions
-from nablagfn.methods.registry import build_kernel
+from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.recipes.options import load_config
 from tests.gpu.setting import PRECISION, cosine, drawn, flat, learned, relative, trainer_on

@@ -59,7 +59,7 @@ def test_cuda_graphs_draw_the_plain_paths_bit_for_bit(cuda: torch.device, tmp_pa
     noise = torch.randn(3, table.num_steps + 1, *policy.sample_shape, device=cuda)
     where = policy.condition(["a cat", "a dog", "ants"], ())
     known = rollout(policy, table, noise, where)
-    policy.unet_free = Replayed(
+    policy.network_free = Replayed(
         torch.compile(policy.unet.forward, dynamic=False, backend="cudagraphs")
     )
     for _ in range(3):  # warm-up, capture, replay
@@ -84,7 +84,7 @@ def test_cuda_graphs_tell_the_frozen_model_from_the_tuned_one(
                 return [tuned, policy.output(x, time, where)]
 
     turns = [both() for _ in range(3)]
-    policy.unet_free = None
+    policy.network_free = None
     tuned, frozen = both()
     assert float((tuned - frozen).abs().max()) > 1e-3
     for one, two in turns:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import set_option
+from ..methods.registry import check_settings
 from ..recipes.options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
@@ -33,7 +34,7 @@ def check_reward(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     apply_overrides(config, rest)
     if arguments.reward:
         set_option(config, "experiment.reward_fn", arguments.reward)
-    config.check()
+    check_settings(config)
     from ..commands.check_reward import check
 
     found = check(config, arguments.samples)

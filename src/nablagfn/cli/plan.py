@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..methods.registry import check_settings
 from ..recipes.options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
@@ -45,7 +46,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the prediction and the options to add."""
     config = load_config(arguments.config) if arguments.config else Config()
     apply_overrides(config, rest)
-    config.check()
+    check_settings(config)
     import torch
 
     from ..commands import planner

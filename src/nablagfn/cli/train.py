@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ConfigError, set_option
+from ..methods.registry import check_settings
 from ..recipes.options import apply_overrides, load_config
 from .common import command, fail
 
@@ -39,7 +40,7 @@ def resolve_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Config
     apply_overrides(config, rest)
     if arguments.seed is not None:
         set_option(config, "seed", arguments.seed)
-    config.check()
+    check_settings(config)
     return config
 
 

@@ -12,7 +12,7 @@ from ..config import Config, ConfigError
 from ..core.types import Policy, View
 from ..evaluation import PictureView, draw
 from ..evaluation.extractors import Extractor, embedded, load_extractor
-from ..methods.registry import build_kernel
+from ..methods.build import build_kernel
 from ..models.locate import locate
 from ..models.shard import check_several
 from ..models.stable_diffusion import StableDiffusionPolicy

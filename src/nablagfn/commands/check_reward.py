@@ -9,7 +9,7 @@ from ..config import Config, ConfigError
 from ..core.lookahead import LogReward
 from ..core.types import Policy
 from ..evaluation import decoded, draw_paths
-from ..methods.registry import build_kernel
+from ..methods.build import build_kernel
 from ..prompts import load_prompts
 from ..rewards import NamedReward
 from ..rewards.check import Check, check_reward

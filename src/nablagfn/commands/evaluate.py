@@ -21,7 +21,7 @@ from .. import rewards, worlds
 from ..config import Config, ConfigError, set_option
 from ..evaluation import Evaluator, Measured, figures, per_prompt, thumbnails
 from ..evaluation.files import read_samples, write_samples
-from ..methods.registry import build_kernel
+from ..methods.build import build_kernel
 from ..models.locate import critics_of
 from ..prompts import PromptSet, read_prompts
 from ..rewards.weights import CLIP_L, Finder

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TypeVar
 
-from . import ConfigError
+from .base import ConfigError
 
 Kind = TypeVar("Kind")
 

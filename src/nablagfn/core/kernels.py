@@ -175,8 +175,8 @@ def _one_step(
 def kernel_table(schedule: Schedule, eta: float, prediction: Prediction) -> KernelTable:
     """The kernels of a time grid at η in 0..1.
 
-    Raises ValueError for another η, an unknown prediction, where a step with η > 0 would have no noise (its density would
-    not exist), and for an ε-prediction at α = 0, which says nothing of x̂ there.
+    Raises ValueError for another η, an unknown prediction, where a step with η > 0 would have no
+    noise (its density would not exist), and for an ε-prediction at α = 0, which says nothing of x̂.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in 0..1, got {eta}")

@@ -28,9 +28,16 @@ def row_attenuation(alpha_bar: Tensor, mode: Attenuation, like: Tensor) -> Tenso
     return attenuation(alpha_bar, mode).flatten().to(like.dtype)
 
 
+def untempered() -> float:
+    """β as it was set."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class LogReward:
     """log R(x_N) = β·r(decode(x_N), own prompts): float32 whatever the policy computes in.
+
+    β is scale times what `temper` says at the moment: the guard may have lowered it.
 
     piece: pictures at a time, 0 for all. Each piece is differentiated at once and its graph is
     gone before the next: one piece of decoder and reward in memory, and nothing is computed twice.
@@ -40,6 +47,7 @@ class LogReward:
     policy: Policy
     reward: Reward
     scale: float
+    temper: Callable[[], float] = untempered
     piece: int = 0
     decoder: Callable[[Tensor], Tensor] | None = None
 
@@ -73,7 +81,11 @@ class LogReward:
     def _value(self, x_clean: Tensor, condition: Condition) -> Tensor:
         images = (self.decoder or self.policy.decode)(x_clean)
         images = images if images.dtype == torch.float64 else images.float()
-        return self.scale * self.reward(images, condition.prompts, condition.metadata)
+        return self.of(self.reward(images, condition.prompts, condition.metadata))
+
+    def of(self, reward: Tensor) -> Tensor:
+        """β·r of rewards that were measured, of any shape."""
+        return self.temper() * self.scale * reward
 
     def _differentiated(self, x_clean: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """The value [m], and its gradient [m, ...]."""

@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..config import ConfigError
+from ..methods.registry import find_method
 from .read import Figure, Model, Record
 
 PERCENT = {"recognised"}
 HEADLINES = ("reward", "diversity", "recognised", "path_kl")  # the order of a report
-NO_PRIOR = ("refl", "draft-k", "draft-lv", "alignprop", "ddpo")  # docs/methods.md
 MEANINGS = {
     "reward": ("reward", "mean reward of the pictures, as it was trained"),
     "diversity": ("diversity", "mean feature distance between pictures of one prompt"),
@@ -266,4 +267,7 @@ def method(record: Record) -> str:
 
 def has_prior(record: Record) -> bool:
     """Whether the method has a prior term, so that β changes its result."""
-    return record.config.experiment.method not in NO_PRIOR
+    try:
+        return find_method(record.config.experiment.method).has_prior
+    except ConfigError:  # somebody's own, whose module is not here
+        return True

@@ -5,14 +5,11 @@ watched reward (the first held-out reward where there is one, else the trained r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ..config import GuardSettings
-from ..core.types import Metadata, Reward
 from ..runs.runfolder import checkpoint_name
 
 LOWERINGS = 3  # of β in a row; if the run is still beyond a budget then, it is stopped
@@ -98,6 +95,11 @@ class Guard:
         """The folder name of the best checkpoint so far."""
         return None if self.state.best is None else str(self.state.best["checkpoint"])
 
+    @property
+    def factor(self) -> float:
+        """What β is multiplied by."""
+        return self.state.factor
+
     def judge(self, update: int, probe: Probe) -> str:
         """Take a measurement after `update` updates into account; what was done, in words.
 
@@ -158,20 +160,3 @@ class Guard:
         now = self.settings.model_dump()
         if self.state.settings != now:
             self.state.settings, self.state.stopped, self.state.over = now, False, 0
-
-
-class Tempered:
-    """A reward times the guard's factor: lowers β for every objective alike."""
-
-    def __init__(self, reward: Reward, guard: Guard) -> None:
-        self.reward = reward
-        self.guard = guard
-        self.name = getattr(reward, "name", "given")
-        self.differentiable = getattr(reward, "differentiable", True)
-
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> Tensor:
-        """images [B, 3, H, W] -> [B]."""
-        value = self.reward(images, prompts, metadata)
-        return value if self.guard.state.factor == 1.0 else self.guard.state.factor * value

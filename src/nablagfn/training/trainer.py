@@ -21,7 +21,9 @@ from ..core.rollout import fingerprints
 from ..core.types import Policy, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
 from ..evaluation.extractors import load_extractor
-from ..methods.registry import build_kernel, build_objective
+from ..methods.build import build_kernel, build_objective
+from ..methods.parts import Parts
+from ..methods.registry import check_settings
 from ..models.locate import critics_of
 from ..prompts import PromptSet
 from ..rewards import NamedReward, Scores, named, resolve_all
@@ -32,7 +34,7 @@ from ..runtime import backoff, distributed
 from ..runtime.optimizers import schedule_lr
 from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
-from .guard import Guard, Tempered
+from .guard import Guard
 from .observe import Observer
 from .runlog import RunLog, make_accelerator
 from .updater import TrainingError, Updater, require_finite
@@ -43,7 +45,7 @@ def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
     config = config.model_copy(deep=True)
     for key, value in {**policy.settings(), "experiment.reward_fn": reward.name}.items():
         set_option(config, key, value)
-    config.check()
+    check_settings(config)
     return config
 
 
@@ -125,7 +127,7 @@ class Trainer:
         working = counted(policy, self.counts)
         self.guard = Guard(config.guard)
         self.objective = build_objective(
-            config, working, Tempered(reward, self.guard), prompts, self.table
+            Parts(config, working, reward, prompts, self.table, lambda: self.guard.factor)
         )
         self.updater = Updater(self.accelerator, policy, self.objective, config)
         self.log = RunLog(self.accelerator, self.folder, config)

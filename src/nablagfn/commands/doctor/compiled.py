@@ -12,7 +12,7 @@ from ... import worlds
 from ...config import Speed
 from ...core import rng
 from ...core.lookahead import predicted_clean, without_theta
-from ...methods.registry import build_kernel
+from ...methods.build import build_kernel
 from ...runtime.distributed import weight_dtype
 from .records import Finding, Patient
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...core import rng
-from ...methods.registry import build_kernel
+from ...methods.build import build_kernel
+from ...methods.registry import check_settings
 from .records import Finding, Patient
 
 
@@ -35,7 +36,7 @@ def prompts(patient: Patient) -> Finding:
 def batches(patient: Patient) -> Finding:
     """The divisions come out, over all processes; no two options contradict each other."""
     config = patient.config
-    config.check()
+    check_settings(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     updates = config.updates_per_epoch() * config.training.num_inner_epochs
     paths = config.sampling.batch_size * config.sampling.num_batches_per_epoch

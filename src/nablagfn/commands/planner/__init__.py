@@ -3,7 +3,8 @@
     peak = fixed + max over the moments of an update (rows × what a row holds then)
 
 Fixed are weights, gradients, moments and the epoch's paths. What a row holds is counted on the meta
-device for the run's own architecture (`parts`); which parts are alive together is `plan.ALIVE`.
+device for the run's own architecture (`parts`); which parts are alive together stands in the
+method's record.
 
     seconds = sum over the parts (passes of an update × seconds of a pass)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ... import rewards, worlds
 from ...config import Config, ConfigError
 from ...core.types import Condition
+from ...methods.registry import find_method
 from ...models.stable_diffusion import StableDiffusionPolicy
 from ...rewards import NamedReward, components_of, modules_of
 from ...rewards.clip import ClipScore
@@ -245,15 +246,11 @@ class Subject:
         return Pass(run, [*tensors_of([self.flow]), x, text, time], gradient)
 
 
-def learns_flow(config: Config) -> bool:
-    learns = config.experiment.method in ("nabla-db", "nabla-db-lambda", "dag-db")
-    return learns and not config.model.no_flow
-
-
 def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     """Bytes of weights, and of gradients and moments of what is trained."""
     pipeline, theta = subject.policy.pipeline, size_of(subject.policy.parameters())
-    flow = size_of(subject.flow.parameters()) if learns_flow(config) else 0
+    learned = find_method(config.experiment.method).learns_flow(config)
+    flow = size_of(subject.flow.parameters()) if learned else 0
     moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
     copies = 2 + moments  # of the float32 weights, gradients among them
     speed = config.speed

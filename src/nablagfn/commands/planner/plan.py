@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,49 +12,14 @@ import psutil
 import torch
 
 from ...config import Config, ConfigError, flatten
+from ...methods.registry import find_method
 from ...runtime.costs import Cost
-from .parts import NOTHING, Parts, learns_flow, measure
+from .parts import NOTHING, Parts, measure
 from .work import Passes, Price, Work, total, update_passes, work_of
 
 CONTEXT = 0.6e9  # bytes of a CUDA context and its libraries; assumed, not measured
 SLACK = 1.1  # on what comes and goes: fragmentation, workspaces; assumed, not measured
 ENOUGH = 4  # rows per forward pass from which more gain little; assumed, not measured
-
-
-@dataclass(frozen=True)
-class Alive:
-    """U-Net graphs of one row that are alive at once: while a reward is differentiated through
-    them, and when none is. with_reward: None where no reward is differentiated. kept: the first are
-    not freed on the way back, the loss needs them."""
-
-    with_reward: int | None
-    alone: int
-    kept: bool = False
-
-
-def _draft(config: Config) -> Alive:
-    return Alive(min(config.method.draft_steps, config.sampling.num_steps), 0)
-
-
-def _lambda(config: Config) -> Alive:
-    """The frozen model's at x_k, and the guess's beside it unless both are one."""
-    m = config.method
-    sweeps, tuned = m.window > 0 or m.return_lambda > 0, m.guess_model == "finetuned"
-    return Alive(1 if sweeps and not tuned else 2, 2 if tuned and not sweeps else 1)
-
-
-ALIVE: dict[str, Callable[[Config], Alive]] = {
-    "nabla-db": lambda config: Alive(1, 1, kept=not config.model.no_flow),
-    "nabla-db-lambda": _lambda,
-    "adjoint-matching": lambda config: Alive(0, 1),
-    "terminal-gradient": lambda config: Alive(0, 1),
-    "refl": lambda config: Alive(1, 0),
-    "draft-k": _draft,
-    "draft-lv": lambda config: Alive(1, 0),
-    "alignprop": lambda config: Alive(config.sampling.num_steps, 0),  # at most
-    "ddpo": lambda config: Alive(None, 1),
-    "dag-db": lambda config: Alive(None, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -91,8 +56,9 @@ def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
     """Bytes of graphs and of what passes, of one micro-batch."""
     p, rows = parts, setting.micro_batch
     eps = p.eps_checkpointed if setting.gradient_checkpointing else p.eps
-    flow = p.flow if learns_flow(config) else NOTHING
-    alive = ALIVE[config.experiment.method](config)
+    method = find_method(config.experiment.method)
+    flow = p.flow if method.learns_flow(config) else NOTHING
+    alive = method.alive(config)
     alone = alive.alone * eps.held + 2 * flow.held + max(eps.passing, flow.passing)
     found = {"the rest": rows * alone}
     if alive.with_reward is None:

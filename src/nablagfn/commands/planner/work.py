@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ... import worlds
 from ...config import Config
 from ...core.counting import Counts, counted
-from ...methods.registry import build_kernel, build_objective
+from ...methods.build import build_kernel, build_objective
+from ...methods.parts import Parts as MethodParts
 from ...prompts import PromptSet
 from ...rewards import NamedReward
 from ...training.collect import Collector
@@ -48,7 +49,7 @@ def work_of(config: Config) -> Work:
     policy = counted(WorldPolicy(world), counts)
     table, prompts = build_kernel(config, policy), PromptSet(world.prompts)
     reward = NamedReward("gaussian", WorldReward(world))
-    objective = build_objective(config, policy, reward, prompts, table)
+    objective = build_objective(MethodParts(config, policy, reward, prompts, table))
     collector = Collector(policy, table, prompts, config)
     drawn = replace(collector.collect(0), reward=torch.zeros(paths))
     objective.observe(drawn.condition.prompts, torch.zeros(paths))

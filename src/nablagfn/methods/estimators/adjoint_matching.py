@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ...core.bellman import Returns, adjoint, returns, sweep
 from ...core.kernels import KernelTable
 from ...core.lookahead import LogReward, terminal_gradient
-from ...core.types import Condition, Policy, Selection
+from ...core.types import Condition, Objective, Policy, Selection
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
+from ..parts import Parts
 
 
 class AdjointMatching(Estimator):
@@ -52,3 +53,9 @@ class AdjointMatching(Estimator):
     def __call__(self, here: Evaluated) -> Estimate:
         v = here.batch.signals["return_next"]
         return Estimate(v, metrics={"adjoint_sq": mean_square(v)})
+
+
+def build(p: Parts) -> Objective:
+    """The method adjoint-matching."""
+    estimator = AdjointMatching(p.policy, p.log_reward, p.table, chunk=p.chunk)
+    return p.matching(estimator, p.weight("std"))

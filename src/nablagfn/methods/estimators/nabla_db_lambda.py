@@ -28,7 +28,8 @@ from ...core.lookahead import (
     row_attenuation,
     terminal_gradient,
 )
-from ...core.types import Condition, Policy, Selection, Transitions
+from ...core.rollout import WindowChoice
+from ...core.types import Condition, Objective, Policy, Selection, Transitions
 from ...core.value_gradient import (
     Estimate,
     Estimator,
@@ -37,6 +38,8 @@ from ...core.value_gradient import (
     mean_square,
     step_weight,
 )
+from ..parts import Parts
+from ..registry import find_method
 
 
 class NablaDBLambda(Estimator):
@@ -200,3 +203,23 @@ class NablaDBLambda(Estimator):
 def _rows(flags: Tensor, like: Tensor) -> Tensor:
     """[M] booleans shaped to broadcast against `like` [M, ...]."""
     return flags.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def build(p: Parts) -> Objective:
+    """The method nabla-db-lambda."""
+    m, weight = p.config.method, p.weight("std")
+    learns = find_method("nabla-db-lambda").learns_flow(p.config)
+    estimator = NablaDBLambda(
+        p.policy,
+        p.log_reward,
+        p.table,
+        p.config.model.reward_adaptive_mode,
+        p.flow(m.flow_hint) if learns else None,
+        hint=m.flow_hint,
+        lam=m.return_lambda,
+        weight=weight,
+        frozen_guess=p.frozen_guess(True),
+        window=m.window > 0,
+        chunk=p.chunk,
+    )
+    return p.matching(estimator, weight, WindowChoice(m.window) if m.window else None)

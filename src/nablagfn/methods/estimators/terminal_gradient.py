@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.lookahead import LogReward, terminal_gradient
-from ...core.types import Selection
+from ...core.types import Objective, Selection
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
+from ..parts import Parts
 
 
 class TerminalGradient(Estimator):
@@ -41,3 +42,8 @@ class TerminalGradient(Estimator):
     def __call__(self, here: Evaluated) -> Estimate:
         gradient = here.batch.signals["terminal_gradient"]
         return Estimate(gradient, metrics={"terminal_gradient_sq": mean_square(gradient)})
+
+
+def build(p: Parts) -> Objective:
+    """The method terminal-gradient."""
+    return p.matching(TerminalGradient(p.log_reward, chunk=p.chunk), p.weight("std"))

@@ -24,6 +24,7 @@ from ...core.kernels import KernelTable, Level, Step
 from ...core.lookahead import Attenuation, LogReward, row_attenuation
 from ...core.rollout import StepChoice
 from ...core.types import Condition, Losses, Objective, Policy, Selection, Transitions, beside
+from ..parts import Parts
 
 
 class DagDB(Objective):
@@ -60,7 +61,7 @@ class DagDB(Objective):
     def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
         """log_reward [M]: log F̃(x_N) = β·r of each transition's own path, as it was measured."""
         assert chosen.paths.reward is not None
-        return {"log_reward": self.log_reward.scale * chosen.paths.reward[chosen.row]}
+        return {"log_reward": self.log_reward.of(chosen.paths.reward[chosen.row])}
 
     def losses(self, batch: Transitions) -> Losses:
         k = self.table.at(batch.step, batch.x)
@@ -100,3 +101,16 @@ class DagDB(Objective):
         """s_φ(x), [M]."""
         scalar: Tensor = self.flow(x, time, condition).flatten(1).sum(1)
         return scalar
+
+
+def build(p: Parts) -> Objective:
+    """The method dag-db."""
+    return DagDB(
+        p.policy,
+        p.log_reward,
+        p.table,
+        p.config.model.reward_adaptive_mode,
+        p.flow(),
+        frozen_guess=p.frozen_guess(False),
+        steps=p.steps,
+    )

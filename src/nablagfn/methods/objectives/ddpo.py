@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...config import ConfigError
 from ...core import kernels
 from ...core.kernels import KernelTable
 from ...core.rollout import StepChoice
 from ...core.types import Losses, Objective, Policy, Selection, Transitions
+from ..parts import Parts
 
 
 class PromptStatistics(nn.Module):
@@ -112,3 +114,21 @@ class DDPO(Objective):
             surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
         share = ((ratio - 1).abs() > self.clip).to(ratio.dtype)
         return Losses({"policy": surrogate}, {"ratio_clipped": share.detach()})
+
+
+def build(p: Parts) -> Objective:
+    """The method ddpo."""
+    m = p.config.method
+    if m.prompt_min_count > m.prompt_buffer:
+        raise ConfigError(
+            f"config.method.prompt_min_count={m.prompt_min_count} exceeds "
+            f"config.method.prompt_buffer={m.prompt_buffer}: no prompt would ever have enough"
+        )
+    return DDPO(
+        p.policy,
+        p.table,
+        PromptStatistics(p.prompts.prompts, m.prompt_buffer, m.prompt_min_count),
+        clip=m.clip_range,
+        advantage_clip=m.advantage_clip,
+        steps=p.steps,
+    )

@@ -20,6 +20,7 @@ from ...core import kernels, rng
 from ...core.kernels import KernelTable
 from ...core.lookahead import LogReward
 from ...core.types import Losses, Objective, Policy, Selection, Transitions
+from ..parts import Parts
 
 
 class DraftLV(Objective):
@@ -53,3 +54,8 @@ class DraftLV(Objective):
             output = self.policy.output(x, k.here.time, batch.condition)
             x_clean = kernels.predict_clean(x, output, k.here)
             return Losses({"reward": -self.log_reward(x_clean, batch.condition)})
+
+
+def build(p: Parts) -> Objective:
+    """The method draft-lv."""
+    return DraftLV(p.policy, p.log_reward, p.table, copies=p.config.method.draft_lv_samples)

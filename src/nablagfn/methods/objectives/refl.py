@@ -20,6 +20,7 @@ from ...core import kernels
 from ...core.kernels import KernelTable
 from ...core.lookahead import LogReward
 from ...core.types import Losses, Objective, Policy, Transitions
+from ..parts import Parts
 
 
 class ReFL(Objective):
@@ -45,3 +46,8 @@ class ReFL(Objective):
             output = self.policy.output(batch.x, k.here.time, batch.condition)
             x_clean = kernels.predict_clean(batch.x, output, k.here)
             return Losses({"reward": -self.log_reward(x_clean, batch.condition)})
+
+
+def build(p: Parts) -> Objective:
+    """The method refl."""
+    return ReFL(p.policy, p.log_reward, p.table, share=p.config.method.refl_share)

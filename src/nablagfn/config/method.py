@@ -1,0 +1,59 @@
+"""Settings of particular methods."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Group
+
+
+class MethodSettings(Group):
+    """Settings of particular methods (`experiment.method`)."""
+
+    return_lambda: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="nabla-db-lambda: λ of the return; 0 bootstraps after one step, 1 is the lean "
+        "adjoint. Above 0 and without method.window every update sweeps whole trajectories",
+    )
+    window: int = Field(
+        0,
+        ge=0,
+        description="nabla-db-lambda: learn from a window of this many consecutive transitions of "
+        "each trajectory, with the λ-return inside it; 0: from transitions chosen by "
+        "model.timestep_fraction",
+    )
+    flow_hint: bool = Field(
+        True,
+        description="nabla-db-lambda: the flow network also sees x̂, which the guess has computed",
+    )
+    step_weight: Literal["auto", "one", "std"] = Field(
+        "auto",
+        description="w_k of the matching loss: one, or std (σ_k); auto: one for nabla-db, std for "
+        "the other matching methods",
+    )
+    guess_model: Literal["auto", "finetuned", "pretrained"] = Field(
+        "auto",
+        description="whose x̂ the reward guess uses; auto: finetuned for nabla-db, pretrained for "
+        "nabla-db-lambda",
+    )
+    draft_steps: int = Field(
+        10, ge=1, description="draft-k: K, the last steps that the reward's gradient passes"
+    )
+    draft_lv_samples: int = Field(
+        2, ge=1, description="draft-lv: noisy copies of each sample at the last step"
+    )
+    refl_share: float = Field(
+        0.25, gt=0, le=1, description="refl: the last share of the steps to draw the one step from"
+    )
+    clip_range: float = Field(1e-4, gt=0, description="ddpo: clip of the probability ratio")
+    advantage_clip: float = Field(5.0, gt=0, description="ddpo: clip of the advantages")
+    prompt_buffer: int = Field(
+        32, ge=2, description="ddpo: rewards remembered per prompt for its mean and deviation"
+    )
+    prompt_min_count: int = Field(
+        16, ge=2, description="ddpo: below this many rewards, the whole epoch's statistics are used"
+    )

@@ -1,0 +1,50 @@
+"""The objective, and what is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from .base import Group, Lower
+
+Attenuation = Annotated[Literal["squared", "sqrt", "none"], Lower]
+
+
+class Model(Group):
+    """The objective and what is trained."""
+
+    lora_rank: int = Field(8, ge=1, description="LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0")
+    reward_scale: float = Field(
+        1e3, gt=0, description="β: the finetuned model samples p_pretrained·exp(β·reward)"
+    )
+    pretrained_strength: float = Field(
+        1.0, ge=0, le=1, description="s: weight of the prior log p_pretrained; 1 is the paper"
+    )
+    timestep_fraction: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of each trajectory's transitions to learn from (the last always added); "
+        "the paper has 0.1 for 50-step DDPM and 0.4 for 20-step SDE-DPM-Solver++",
+    )
+    unet_reg_scale: float = Field(
+        1e3, ge=0, description="λ: trust region towards the parameters that drew the samples"
+    )
+    reverse_loss_scale: float = Field(1.0, ge=0, description="w_B: weight of the reverse loss")
+    no_flow: bool = Field(
+        False, description="forward loss only, no flow network: least memory, more bias"
+    )
+    reward_adaptive_mode: Attenuation = Field(
+        "squared", description="γ, trust in the reward guess: squared (ᾱ), sqrt (√ᾱ) or none (1)"
+    )
+    guess_decoder: str = Field(
+        "",
+        description="a small decoder (AutoencoderTiny: hub name or folder) for the reward at "
+        "predicted clean samples, instead of the VAE; faster, and other numbers. Finished samples "
+        "are always decoded by the VAE",
+    )
+    flow_layers_per_block: int = Field(1, ge=1, description="layers per block of g_φ")
+    flow_channel_width: tuple[PositiveInt, ...] = Field(
+        (64, 128, 256, 256), min_length=2, description="channel widths of g_φ"
+    )

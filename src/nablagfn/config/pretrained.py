@@ -1,0 +1,19 @@
+"""The model to finetune."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from .base import Group
+
+
+class Pretrained(Group):
+    """The model to finetune."""
+
+    model: str = Field(
+        "runwayml/stable-diffusion-v1-5",
+        min_length=1,
+        description="hub name or folder of a Stable-Diffusion-type pipeline, or tiny-animals "
+        "(shipped with nablagfn)",
+    )
+    revision: str = Field("main", description="hub revision")

@@ -1,0 +1,37 @@
+"""How trajectories are drawn."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .base import Group, Name
+
+
+class Sampling(Group):
+    """How trajectories are drawn."""
+
+    num_steps: int = Field(50, ge=2, le=1000, description="N: denoising steps")
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM η; 1 is DDPM (exact); ddim only")
+    guidance_scale: float = Field(
+        5.0, ge=1, description="classifier-free guidance; 1 switches it off (half the cost)"
+    )
+    batch_size: int = Field(16, ge=1, description="trajectories per sampling batch and process")
+    num_batches_per_epoch: int = Field(4, ge=1, description="sampling batches per epoch")
+    low_var_subsampling: bool = Field(
+        True, description="stratify the choice of transitions over the trajectory"
+    )
+    scheduler: Annotated[str, Name] = Field(
+        "ddpm",
+        min_length=1,
+        description="ddim (with sampling.eta), ddpm, dpm-solver (SDE-DPM-Solver++), or "
+        "package.module:object for your own",
+    )
+    final_sigma: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="σ of the clean end: finished samples keep that much noise, and the target is "
+        "blurred by it; without any the last step would have no density. 0: the model's own",
+    )

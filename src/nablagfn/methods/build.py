@@ -1,0 +1,40 @@
+"""From a config to its sampler and its objective."""
+
+from __future__ import annotations
+
+from ..config import Config, ConfigError
+from ..core.kernels import KernelTable, kernel_table
+from ..core.samplers import eta_of, find_sampler
+from ..core.schedules import schedule_of
+from ..core.types import Objective, Policy
+from ..rewards import require_gradient
+from .parts import Parts
+from .registry import check_method, find_method
+
+
+def build_kernel(config: Config, policy: Policy) -> KernelTable:
+    """The sampler's table. Raises ConfigError when the settings give a step without noise."""
+    s = config.sampling
+    grid = find_sampler(s.scheduler).grid
+    try:
+        if isinstance(grid, str):
+            times = policy.times(grid, s.num_steps)
+        else:
+            times = grid(policy.noising, s.num_steps)
+        schedule = schedule_of(policy.noising, times, s.final_sigma)
+        return kernel_table(schedule, eta_of(s), policy.prediction)
+    except ValueError as error:
+        raise ConfigError(f"config.sampling.num_steps={s.num_steps}: {error}") from None
+
+
+def build_objective(parts: Parts) -> Objective:
+    """The objective of `experiment.method`.
+
+    Raises ConfigError when the reward lacks a gradient, or for options that the method cannot have.
+    """
+    check_method(parts.config)
+    method = find_method(parts.config.experiment.method)
+    objective = method.objective(parts)
+    if objective.uses_reward_gradient:
+        require_gradient(parts.reward, method.name)
+    return objective

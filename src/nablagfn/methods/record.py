@@ -1,0 +1,63 @@
+"""What is true of a method stands in its record. Needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+
+if TYPE_CHECKING:
+    from ..core.types import Objective
+    from .parts import Parts
+
+
+@dataclass(frozen=True)
+class Alive:
+    """How many U-Net graphs of one row are alive at once, which decides the memory of an update.
+
+    with_reward: while a reward is differentiated through them; None where none is. alone: when
+    none is. kept: the first are not freed on the way back, because the loss needs them.
+    """
+
+    with_reward: int | None
+    alone: int
+    kept: bool = False
+
+
+def never(config: Config) -> bool:
+    return False
+
+
+def even(config: Config) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and all that other parts need to know of it.
+
+    build: from `Parts` to the objective, or "module:function", imported when it is first used.
+    has_prior: it targets p_pretrained·exp(βr), so that β changes its result. alive: its graphs.
+    learns_flow: whether g_φ is built. guesses: it scores predicted clean samples, for which
+    `model.guess_decoder` may stand in. uneven: why processes would make different numbers of
+    passes, so that the model cannot be sharded over them; empty where they make the same.
+    """
+
+    name: str
+    build: str | Callable[[Parts], Objective]
+    has_prior: bool
+    alive: Callable[[Config], Alive]
+    learns_flow: Callable[[Config], bool] = never
+    guesses: bool = False
+    uneven: Callable[[Config], str] = even
+
+    def objective(self, parts: Parts) -> Objective:
+        """What trains by this method."""
+        if not isinstance(self.build, str):
+            return self.build(parts)
+        module, _, name = self.build.partition(":")
+        builder: Any = getattr(importlib.import_module(module), name)
+        return builder(parts)
