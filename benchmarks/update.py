@@ -93,7 +93,8 @@ def settings(model: str, folder: Path) -> tuple[str, Options]:
     """A config's name and the options that put `model` in it. SD1.5 is written to `folder`."""
     if model != "sd15":
         return "demo", {**QUIET, "pretrained.model": model}
-    from nablagfn.commands.architectures import aesthetic, sd15
+    from nablagfn.commands.architectures import aesthetic
+    from nablagfn.models.sd_architecture import sd15
 
     sd15().save_pretrained(folder / "sd15")
     reward = aesthetic()

@@ -22,7 +22,7 @@ LAYERS = (  # a folder imports those of the lines above its own; none of its own
     {"metrics", "runtime"},
     {"core"},
     {"models", "rewards", "worlds", "prompts"},
-    {"methods"},
+    {"families", "methods"},
     {"report", "recipes", "evaluation"},
     {"training"},
     {"commands"},
@@ -33,7 +33,7 @@ LAYER = {folder: level for level, folders in enumerate(LAYERS) for folder in fol
 PARTS = ("methods/objectives", "methods/estimators", "metrics")  # whose files know no other
 SHARED = {"metrics.groups"}  # but this one
 TORCH_FREE = ("cli", "report", "recipes", "runs", "config")  # every file of these folders
-RECORDS = ("methods.registry", "core.samplers")  # and these
+RECORDS = ("methods.registry", "families.registry", "core.samplers")  # and these
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._device import _device_constructors
 
 from nablagfn.cli import main
-from nablagfn.commands import architectures, planner
+from nablagfn.commands import planner
 from nablagfn.commands.planner import Parts, Setting
 from nablagfn.config import Config, ConfigError
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -133,7 +133,7 @@ def test_attention_is_counted_as_kernels_keep_it_not_as_a_table() -> None:
 
 def test_stable_diffusion_by_its_published_size() -> None:
     with torch.device("meta"):
-        pipeline = architectures.sd15()
+        pipeline = sd_architecture.sd15()
     count = {
         name: sum(p.numel() for p in getattr(pipeline, name).parameters())
         for name in ("unet", "vae", "text_encoder")

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from nablagfn import PromptSet, StableDiffusionPolicy, Trainer, load_config
-from nablagfn.commands.architectures import REWARDS, sd15
+from nablagfn.commands.architectures import REWARDS
+from nablagfn.models.sd_architecture import sd15
 from nablagfn.rewards import NamedReward
 from nablagfn.runs.runfolder import RunFolder
 

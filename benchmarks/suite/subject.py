@@ -15,12 +15,13 @@ from common import QUIET
 from one_update import memory as peak
 from update import sizes
 
-from nablagfn.commands.architectures import REWARDS, sd15
+from nablagfn.commands.architectures import REWARDS
 from nablagfn.commands.assemble import build_policy, build_prompts, build_reward
 from nablagfn.commands.planner import synchronise
 from nablagfn.config import Config, set_option
 from nablagfn.core.rollout import walk
 from nablagfn.core.types import Selection
+from nablagfn.models.sd_architecture import sd15
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
 from nablagfn.prompts import PromptSet

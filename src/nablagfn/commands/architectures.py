@@ -1,4 +1,4 @@
-"""Models without their weights: by configuration only, for planning, benchmarks and tests.
+"""The large rewards without their weights, for planning, benchmarks and tests.
 
 Built inside `torch.device("meta")` they take no memory; elsewhere their weights are random.
 """
@@ -9,34 +9,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import (
     BertTokenizer,
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from ..config import ConfigError
-from ..models.locate import MOVED, locate
+from ..models.sd_architecture import CLIP_TEXT, LETTERS, clip_letters
 from ..rewards.aesthetic import Aesthetic, Head
 from ..rewards.clip import ClipScore
 from ..rewards.hpsv2 import VIT_H_14
 from ..rewards.imagereward import BLIP_LARGE, ImageReward
 from ..rewards.pixels import longer_side, shorter_side
 
-LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-SD15 = (*MOVED, *MOVED.values())  # the hub names whose configuration is here
-
-_TEXT = CLIPTextConfig(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-)
 _VIT_L_14 = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -47,14 +35,6 @@ _VIT_L_14 = CLIPVisionConfig(
 )
 
 
-def clip_letters() -> CLIPTokenizer:
-    """CLIP's tokenizer without merges: words are spelt. End mark 49407 as in the true one."""
-    entries = [*LETTERS, *(f"{c}</w>" for c in LETTERS)]
-    vocabulary = {entry: i for i, entry in enumerate(entries)}
-    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-
-
 def _bert_letters() -> BertTokenizer:
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     with tempfile.TemporaryDirectory() as folder:
@@ -63,77 +43,13 @@ def _bert_letters() -> BertTokenizer:
         return BertTokenizer.from_pretrained(folder)
 
 
-def _pipeline(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, text: CLIPTextModel
-) -> StableDiffusionPipeline:
-    with torch.device("cpu"):  # its numbers are needed
-        scheduler = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=clip_letters(),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def sd15() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 by its published configuration."""
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    return _pipeline(unet, vae, CLIPTextModel(_TEXT))
-
-
-def by_configuration(model: str, revision: str = "main") -> StableDiffusionPipeline:
-    """The pipeline of `pretrained.model`, from the configurations beside its weights.
-
-    Raises ConfigError when it is not there; Stable Diffusion 1.5 need not be.
-    """
-    try:
-        source = locate(model, revision)
-    except ConfigError:
-        if model in SD15:
-            return sd15()
-        raise
-    part = {"pretrained_model_name_or_path": source, "revision": revision}
-    try:
-        return _pipeline(
-            UNet2DConditionModel.from_config(
-                UNet2DConditionModel.load_config(**part, subfolder="unet")
-            ),
-            AutoencoderKL.from_config(AutoencoderKL.load_config(**part, subfolder="vae")),
-            CLIPTextModel(CLIPTextConfig.from_pretrained(**part, subfolder="text_encoder")),
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config.pretrained.model={model!r}: its configuration cannot be read ({error})"
-        ) from None
-
-
 def aesthetic() -> Aesthetic:
     return Aesthetic(CLIPVisionModelWithProjection(_VIT_L_14), Head())
 
 
 def clipscore() -> ClipScore:
     config = CLIPConfig(
-        text_config=_TEXT.to_dict(), vision_config=_VIT_L_14.to_dict(), projection_dim=768
+        text_config=CLIP_TEXT.to_dict(), vision_config=_VIT_L_14.to_dict(), projection_dim=768
     )
     return ClipScore(CLIPModel(config), clip_letters(), shorter_side)
 

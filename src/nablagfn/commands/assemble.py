@@ -7,69 +7,60 @@ from pathlib import Path
 
 import torch
 
-from .. import rewards, worlds
+from .. import rewards
 from ..config import Config, ConfigError
 from ..core.types import Policy, View
 from ..evaluation import PictureView, draw
 from ..evaluation.extractors import Extractor, embedded, load_extractor
+from ..families import claimed, find_family
 from ..methods.build import build_kernel
-from ..models.locate import locate
 from ..models.shard import check_several
-from ..models.stable_diffusion import StableDiffusionPolicy
-from ..models.tune import check_speed, compile_modules, tune
+from ..models.tune import check_speed, compile_modules
 from ..prompts import PromptSet, load_prompts
 from ..rewards import NamedReward
 from ..runs.runfolder import RunFolder
-from ..runtime.distributed import from_main_process, process_state, weight_dtype
+from ..runtime.distributed import from_main_process, process_state
 from ..training.checkpoint import load_policy
 from ..training.runlog import make_accelerator
 from ..training.trainer import Trainer
-from ..worlds.policy import WorldPolicy, WorldReward
-from ..worlds.view import WorldView
 
 
 def check_names(config: Config) -> None:
     """What can be known before anything is loaded. Raises ConfigError, one line."""
-    model = config.pretrained.model
+    model, family = config.pretrained.model, find_family(config)
     named = {
         "config.experiment.reward_fn": config.experiment.reward_fn,
         "config.experiment.prompt_fn": config.experiment.prompt_fn,
     }
     for key, value in named.items():
-        if value != model and worlds.is_world(model if worlds.is_world(model) else value):
+        alone = claimed(value)
+        if value != model and (family.own or (alone and alone.own)):
             raise ConfigError(
                 f"{key}={value!r} does not go with config.pretrained.model={model!r}: a world has "
                 "its own reward and prompts (--config=worlds/NAME sets all three)"
             )
     for name in config.evaluation.held_out_rewards:
         try:
-            if worlds.is_world(model):
+            if family.own:
                 raise ConfigError("a world has its own reward and no other")
             rewards.check_names(name)
         except ConfigError as error:
             raise ConfigError(f"config.evaluation.held_out_rewards={name!r}: {error}") from None
-    if worlds.is_world(model):
-        worlds.load(model)
-        if config.training.shard_base:
-            raise ConfigError(
-                f"config.training.shard_base=True does not go with {model}: a world is exact and "
-                "has no weights to shard"
-            )
-    else:
-        locate(model, config.pretrained.revision)
+    family.check(config)
 
 
 def build_prompts(config: Config) -> PromptSet:
     """The prompts of the world, or those of `experiment.prompt_fn`."""
-    name = config.experiment.prompt_fn
-    return PromptSet(worlds.load(name).prompts) if worlds.is_world(name) else load_prompts(name)
+    own = find_family(config).own
+    return own.prompts(config) if own else load_prompts(config.experiment.prompt_fn)
 
 
 def build_reward(config: Config, device: torch.device) -> NamedReward:
     """The reward of the world, or that of `experiment.reward_fn`."""
+    own = find_family(config).own
+    if own:
+        return own.reward(config)
     name = config.experiment.reward_fn
-    if worlds.is_world(name):
-        return NamedReward(name, WorldReward(worlds.load(name)))
     found = rewards.resolve(name, _home(config, device), config.reward.weights, config.reward)
     if config.speed.compile_reward:
         compile_modules(rewards.networks_of(found))
@@ -92,18 +83,18 @@ def _home(config: Config, device: torch.device) -> torch.device:
 
 def build_extractor(config: Config, device: torch.device) -> Extractor:
     """Of picture features, by `evaluation.extractor`; a world needs none and loads none."""
-    if worlds.is_world(config.pretrained.model):
+    if find_family(config).own:
         return embedded
     return load_extractor(config.evaluation.extractor, device, config.reward.weights)
 
 
 def build_view(config: Config, extractor: Extractor = embedded) -> View:
     """Points of a world beside its target, or pictures and their features by `extractor`."""
-    name = config.pretrained.model
-    if not worlds.is_world(name):
+    family = find_family(config)
+    if family.own is None:
         return PictureView(extractor)
-    policy = WorldPolicy(worlds.load(name))
-    return WorldView(policy.world, build_kernel(config, policy))
+    policy = family.load(config, torch.device("cpu"), False)
+    return family.own.view(config, build_kernel(config, policy))
 
 
 def build_policy(config: Config, device: torch.device, *, shard: bool = False) -> Policy:
@@ -111,23 +102,7 @@ def build_policy(config: Config, device: torch.device, *, shard: bool = False) -
 
     shard: spread over the processes, which then have to make each pass together.
     """
-    name = config.pretrained.model
-    if worlds.is_world(name):
-        return WorldPolicy(worlds.load(name), seed=config.seed).to(device)
-    policy = StableDiffusionPolicy.from_pretrained(
-        config.pretrained.model,
-        revision=config.pretrained.revision,
-        dtype=weight_dtype(config, device),
-        device=device,
-        guidance_scale=config.sampling.guidance_scale,
-        lora_rank=config.model.lora_rank,
-        seed=config.seed,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        vae_checkpointing=config.training.vae_checkpointing,
-        vae_slice=config.training.vae_slice,
-        shard=shard,
-    )
-    return tune(policy, config.speed)
+    return find_family(config).load(config, device, shard)
 
 
 def build_trainer(config: Config, folder: RunFolder) -> Trainer:

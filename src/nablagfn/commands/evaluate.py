@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .. import rewards, worlds
+from .. import rewards
 from ..config import Config, ConfigError, set_option
 from ..evaluation import Evaluator, Measured, figures, per_prompt, thumbnails
 from ..evaluation.files import read_samples, write_samples
+from ..families import find_family
 from ..methods.build import build_kernel
 from ..models.locate import critics_of
 from ..prompts import PromptSet, read_prompts
@@ -82,12 +83,12 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What the figures depend on, beside the model."""
         trained = self.config.experiment.reward_fn
-        world = worlds.is_world(self.config.pretrained.model)
+        own = find_family(self.config).own
         return {
             "prompts": list(self.prompts),
             "images_per_prompt": self.images_per_prompt,
             "seed": self.config.evaluation.seed,
-            "extractor": "points" if world else self.config.evaluation.extractor,
+            "extractor": "points" if own else self.config.evaluation.extractor,
             "rewards": [trained, *self.held_out],
             "trained_reward": trained,
         }
@@ -111,13 +112,13 @@ def make_plan(folder: RunFolder, request: Request) -> Plan:
     if request.batch_size:
         set_option(config, "evaluation.batch_size", request.batch_size)
     check_names(config)
-    world = worlds.is_world(config.pretrained.model)
+    own = find_family(config).own is not None
     return Plan(
         folder,
         config,
         choose_prompts(folder, config, request),
-        choose_count(config, request, world),
-        choose_rewards(config, request, world),
+        choose_count(config, request, own),
+        choose_rewards(config, request, own),
         choose_checkpoints(folder, request.checkpoints),
     )
 
@@ -149,27 +150,28 @@ def choose_prompts(folder: RunFolder, config: Config, request: Request) -> tuple
         raise ConfigError(f"--num-prompts {request.num_prompts}: give 1 or more, or 0 for all")
     if 0 < request.num_prompts < len(chosen):
         chosen = PromptSet(chosen.spread(request.num_prompts))
-    if worlds.is_world(config.pretrained.model):
-        worlds.load(config.pretrained.model).rows(chosen.prompts)
+    own = find_family(config).own
+    if own:
+        own.check_prompts(config, chosen.prompts)
     return chosen.prompts
 
 
-def choose_count(config: Config, request: Request, world: bool) -> int:
+def choose_count(config: Config, request: Request, own: bool) -> int:
     """Samples per prompt; by default those of the run in a world, whose points cost little."""
-    usual = config.evaluation.images_per_prompt if world else IMAGES_PER_PROMPT
+    usual = config.evaluation.images_per_prompt if own else IMAGES_PER_PROMPT
     count = request.images_per_prompt or usual
     if count < 2:
         raise ConfigError(f"--images-per-prompt {count}: give at least 2, diversity needs pairs")
     return count
 
 
-def choose_rewards(config: Config, request: Request, world: bool) -> tuple[str, ...]:
+def choose_rewards(config: Config, request: Request, own: bool) -> tuple[str, ...]:
     """Names of the held-out rewards, the trained one left out. Raises ConfigError."""
     names = request.rewards
-    if world and names:
+    if own and names:
         raise ConfigError(f"--rewards {names[0]}: a world has its own reward and no other")
     if names is None:
-        names = () if world else (*config.evaluation.held_out_rewards, *text_alignment(config))
+        names = () if own else (*config.evaluation.held_out_rewards, *text_alignment(config))
     for name in names:
         try:
             rewards.check_names(name)

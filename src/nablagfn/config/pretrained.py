@@ -16,4 +16,10 @@ class Pretrained(Group):
         description="hub name or folder of a Stable-Diffusion-type pipeline, or tiny-animals "
         "(shipped with nablagfn)",
     )
+    family: str = Field(
+        "auto",
+        min_length=1,
+        description="stable-diffusion, world, or package.module:object for your own; auto: the one "
+        "that the model belongs to",
+    )
     revision: str = Field("main", description="hub revision")

@@ -55,7 +55,7 @@ METHODS = {
     for method in (
         Method(
             "nabla-db",
-            build=f"{ESTIMATORS}.residual_db:build",
+            build=f"{__package__}.nabla_db:build",
             has_prior=True,
             alive=lambda config: Alive(1, 1, kept=with_flow(config)),
             learns_flow=with_flow,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers.utils import logging as diffusers_logging
@@ -42,14 +43,22 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def set_sampler(pipeline: Any, scheduler: str, options: Mapping[str, Any]) -> None:
+    """Give the pipeline another scheduler of diffusers, by the name of its class."""
+    kind = getattr(diffusers, scheduler)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
+
+
 class LatentModel(Protocol):
     """What differs between families: a loaded pipeline, and how its parts are called.
 
-    network: the part that is finetuned. lora_targets: endings of the names of its layers that get
-    a LoRA. encoders: the names of the pipeline's text encoders. sample_shape: [C, H, W] of a
-    latent. text: which tensor of a condition g_φ attends to, and text_width its last size.
+    family: its name. network: the part that is finetuned. lora_targets: endings of the names of its
+    layers that get a LoRA. encoders: the names of the pipeline's text encoders. sample_shape:
+    [C, H, W] of a latent. text: which tensor of a condition g_φ attends to; text_width: its last
+    size.
     """
 
+    family: str
     pipeline: Any
     network: Any
     lora_targets: tuple[str, ...]
@@ -66,6 +75,10 @@ class LatentModel(Protocol):
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """What the network is given of these prompts, by name, each [len(prompts), ...]."""
+        ...
+
+    def blank(self, rows: int) -> dict[str, Tensor]:
+        """Zeros of the shapes that `encode` gives, for counting."""
         ...
 
     def call(
@@ -278,6 +291,7 @@ class LatentPolicy:
         return {
             "training.shard_base": self.together,
             "pretrained.model": self.name,
+            "pretrained.family": self.model.family,
             "sampling.guidance_scale": self.guidance_scale,
             "model.lora_rank": self.network.peft_config[ADAPTER].r,
         }

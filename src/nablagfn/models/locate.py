@@ -11,7 +11,9 @@ from ..runs.hub import hub_answers
 
 EMBEDDED = {"tiny-animals": Path(__file__).parent.parent / "assets" / "tiny-animals"}
 
+INDEX = "model_index.json"
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+SD15 = (*MOVED, *MOVED.values())  # names of Stable Diffusion 1.5, whose configuration is known
 
 HELP = (
     "download it where there is network (`hf download {name}`), or give a folder "
@@ -29,7 +31,7 @@ def locate(name: str, revision: str = "main") -> str:
         return str(EMBEDDED[name])
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
-        check_pipeline_folder(folder)
+        class_in(folder / INDEX, name)
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(
@@ -38,25 +40,27 @@ def locate(name: str, revision: str = "main") -> str:
     return check_hub(name, revision)
 
 
-def check_pipeline_folder(folder: Path) -> None:
-    """Raises ConfigError unless `folder` holds a Stable-Diffusion-type pipeline."""
-    index = folder / "model_index.json"
+def pipeline_class(name: str, revision: str = "main") -> str:
+    """The class that `name` was saved by, as its model_index.json says. Raises ConfigError."""
+    source = locate(name, revision)
+    if os.path.isdir(source):
+        return class_in(Path(source) / INDEX, name)
+    from huggingface_hub import hf_hub_download
+
+    return class_in(Path(hf_hub_download(source, INDEX, revision=revision)), name)
+
+
+def class_in(index: Path, name: str) -> str:
+    """The class that a model_index.json names. Raises ConfigError when there is none."""
     if not index.is_file():
         raise ConfigError(
-            f"config.pretrained.model={str(folder)!r}: no model_index.json in it; it must be a "
-            "folder written by a diffusers pipeline's save_pretrained"
+            f"config.pretrained.model={name!r}: no {INDEX} in it; it must be a folder written by a "
+            "diffusers pipeline's save_pretrained"
         )
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"config.pretrained.model={str(folder)!r}: its model_index.json is damaged"
-        ) from None
-    if kind != "StableDiffusionPipeline":
-        raise ConfigError(
-            f"config.pretrained.model={str(folder)!r} is a {kind}; only StableDiffusionPipeline "
-            "(SD 1.x, 2.x and the like) is supported"
-        )
+        raise ConfigError(f"config.pretrained.model={name!r}: its {INDEX} is damaged") from None
 
 
 def check_hub(name: str, revision: str) -> str:
@@ -86,7 +90,7 @@ def _has_index(name: str, revision: str, *, local: bool) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        hf_hub_download(name, "model_index.json", revision=revision, local_files_only=local)
+        hf_hub_download(name, INDEX, revision=revision, local_files_only=local)
     except (HfHubHTTPError, OSError, ValueError):  # also missing entries and malformed names
         return False
     return True

@@ -16,8 +16,8 @@ from ..config import ConfigError
 from ..core.schedules import DiscreteNoising, Noising, Prediction
 from .latent import LatentPolicy, quiet
 from .locate import locate
+from .lora import ATTENTION
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 EMBEDS = "prompt_embeds"  # the tensor of a condition, [B, L, D]
 
 
@@ -47,7 +47,8 @@ def load_pipeline(
 class StableDiffusion:
     """A loaded Stable-Diffusion-type pipeline, as a `LatentModel`."""
 
-    lora_targets: tuple[str, ...] = LORA_TARGETS
+    family = "stable-diffusion"
+    lora_targets: tuple[str, ...] = ATTENTION
     encoders: tuple[str, ...] = ("text_encoder",)
     text = EMBEDS
 
@@ -91,6 +92,10 @@ class StableDiffusion:
             list(prompts), device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {EMBEDS: embeds}
+
+    def blank(self, rows: int) -> dict[str, Tensor]:
+        words = self.pipeline.text_encoder.config
+        return {EMBEDS: torch.zeros(rows, words.max_position_embeddings, words.hidden_size)}
 
     def call(
         self, network: Callable[..., Any], x: Tensor, time: Tensor, given: Mapping[str, Tensor]

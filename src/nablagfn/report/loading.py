@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
-from ..config import Config
+from collections.abc import Mapping
+from typing import Any
 
-EMBEDDED = "tiny-animals"  # shipped with nablagfn, not on the hub
-
-
-def imports(config: Config) -> list[str]:
-    """What the program needs."""
-    solver = config.sampling.scheduler == "dpm-solver"
-    scheduler = "DPMSolverMultistepScheduler" if solver else "DDIMScheduler"
-    found = [f"from diffusers import {scheduler}, StableDiffusionPipeline"]
-    if config.pretrained.model == EMBEDDED:
-        found.append("from nablagfn.models.locate import locate")
-    return [*found, ""]
-
-
-def load_base(config: Config) -> list[str]:
-    """Lines that make `pipe`, the pretrained model."""
-    name, revision = config.pretrained.model, config.pretrained.revision
-    if name == EMBEDDED:
-        return [
-            "pipe = StableDiffusionPipeline.from_pretrained(",
-            f"    locate({name!r}), safety_checker=None, requires_safety_checker=False)",
-        ]
-    given = "" if revision == "main" else f", revision={revision!r}"
-    return [f"pipe = StableDiffusionPipeline.from_pretrained({name!r}{given})"]
-
-
-def set_sampler(config: Config) -> list[str]:
-    """Lines that give `pipe` the sampler of the run."""
-    if config.sampling.scheduler != "dpm-solver":
-        return ["pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"]
-    return [
-        "pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config,",
-        '    algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min")',
-    ]
-
-
-def draw(config: Config, prompt: str) -> list[str]:
-    """Lines that draw one picture as the run does."""
-    sampling = config.sampling
-    noise = "" if sampling.scheduler == "dpm-solver" else f", eta={sampling.eta:g}"
-    return [
-        f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",
-        f"    num_inference_steps={sampling.num_steps}{noise}).images[0]",
-    ]
+from ..config import Config, ConfigError
+from ..families import Family, StockSampler, family_of_run
 
 
 def how_to_load(config: Config, prompt: str, weights: str, weight_name: str = "") -> str:
-    """A program that draws `prompt` with the LoRA in the folder `weights`."""
+    """A program that draws `prompt` with the LoRA in the folder `weights`.
+
+    Where no scheduler of diffusers draws as the run does, how this package does; empty for a family
+    that has no pipeline.
+    """
+    family = family_of_run(config)
+    if family.stock_sampler is None or family.loading_code is None:
+        return ""
+    try:
+        stock = family.stock_sampler(config)
+    except ConfigError as error:
+        return f"# {error}\nnablagfn sample RUN --prompt {prompt!r}"
     name = f", weight_name={weight_name!r}" if weight_name else ""
-    lora = f"pipe.load_lora_weights({weights!r}{name})"
-    lines = [*imports(config), *load_base(config), lora, *set_sampler(config)]
-    return "\n".join([*lines, *draw(config, prompt)])
+    lines = [
+        f"from diffusers import {', '.join(sorted((stock.scheduler, *family.pipelines)))}",
+        *base(family, config),
+        f"pipe.load_lora_weights({weights!r}{name})",
+        *set_sampler(stock),
+        *draw(config, stock, prompt),
+    ]
+    return "\n".join(lines)
+
+
+def base(family: Family, config: Config) -> list[str]:
+    """Lines that make `pipe`, the pretrained model; what they import comes first."""
+    assert family.loading_code is not None
+    lines = family.loading_code(config)
+    imports = [line for line in lines if line.startswith("from ")]
+    return [*imports, "", *(line for line in lines if line not in imports)]
+
+
+def set_sampler(stock: StockSampler) -> list[str]:
+    """Lines that give `pipe` the sampler of the run."""
+    start = f"pipe.scheduler = {stock.scheduler}.from_config(pipe.scheduler.config"
+    if not stock.options:
+        return [f"{start})"]
+    return [f"{start},", f"    {arguments(stock.options)})"]
+
+
+def draw(config: Config, stock: StockSampler, prompt: str) -> list[str]:
+    """Lines that draw one picture as the run does."""
+    sampling = config.sampling
+    given = "".join(f", {key}={value:g}" for key, value in stock.call.items())
+    return [
+        f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",
+        f"    num_inference_steps={sampling.num_steps}{given}).images[0]",
+    ]
+
+
+def arguments(options: Mapping[str, Any]) -> str:
+    """Keyword arguments as they are written, strings in double quotes."""
+    written = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in options.items()}
+    return ", ".join(f"{key}={value}" for key, value in written.items())

@@ -35,6 +35,7 @@ CHANGEABLE = (
     "logging.",
     "speed.",
     "saving.",
+    "pretrained.family",
     "reward.weights",
     "training.num_epochs",
     "training.micro_batch",

@@ -173,7 +173,9 @@ class WorldPolicy:
         return self._field(rng.seed_of(seed, "flow"), hint=extra).to(self.device)
 
     def settings(self) -> dict[str, Any]:
-        return {"pretrained.model": self.world.name} if self.world.name else {}
+        if not self.world.name:
+            return {}
+        return {"pretrained.model": self.world.name, "pretrained.family": "world"}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.adapter.parameters())

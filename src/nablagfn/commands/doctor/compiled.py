@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ... import worlds
 from ...config import Speed
 from ...core import rng
 from ...core.lookahead import predicted_clean, without_theta
+from ...families import find_family
 from ...methods.build import build_kernel
 from ...runtime.distributed import weight_dtype
 from .records import Finding, Patient
@@ -26,7 +26,7 @@ def compiled(patient: Patient) -> Finding:
     """Every kind of pass, in turns: its values, and its gradients for x_k and θ."""
     if not patient.config.speed.compiles:
         return Finding("ok", "not used")
-    if worlds.is_world(patient.config.pretrained.model):
+    if find_family(patient.config).skeleton is None:
         return Finding("ok", "not used: a world is not compiled")
     fix = f"leave {_switches(patient.config.speed)} out"
     step = Step(patient)

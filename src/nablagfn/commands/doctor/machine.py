@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from ... import worlds
+from ...families import find_family
 from ...models.tune import check_speed
 from ...runs.hub import hub_answers
 from .. import planner
@@ -75,13 +75,12 @@ def devices(patient: Patient) -> Finding:
     check_speed(patient.config.speed, patient.device)
     if patient.device.type == "cpu":
         text = f"CPU, {torch.get_num_threads()} threads"
-        small = worlds.is_world(patient.config.pretrained.model)
-        if small or patient.config.pretrained.model == "tiny-animals":
+        if find_family(patient.config).small(patient.config.pretrained.model):
             return Finding("ok", text)
         return Finding(
             "warning",
             text,
-            "Stable Diffusion takes minutes per picture here: use a machine with a GPU, and a "
+            "this model takes minutes per picture here: use a machine with a GPU, and a "
             "torch built for it",
         )
     count = torch.accelerator.device_count()
@@ -97,7 +96,7 @@ def devices(patient: Patient) -> Finding:
 def memory(patient: Patient) -> Finding:
     """The predicted peak against what is free."""
     free = planner.free_memory(patient.device)
-    if worlds.is_world(patient.config.pretrained.model):
+    if find_family(patient.config).skeleton is None:
         return Finding("ok", f"{free / 1e9:.1f} GB free; a world needs none to speak of")
     peak = planner.predict(patient.config, patient.device).peak
     text = f"{free / 1e9:.1f} GB free, predicted peak {peak / 1e9:.1f} GB"

@@ -1,5 +1,5 @@
 """A run's model for other programs, each form proved by loading it again."""
 
-from .export import FORMATS, export
+from .export import export
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["export"]

@@ -7,9 +7,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ... import worlds
 from ...config import Config, ConfigError
-from ...models.stable_diffusion import StableDiffusionPolicy, quiet
+from ...families import Family, find_family
+from ...models.latent import LatentPolicy, quiet
 from ...prompts import PromptSet
 from ...report.read import Record, read
 from ...runs.progress import Bar
@@ -18,10 +18,8 @@ from ...runtime.distributed import process_state
 from ...training.checkpoint import load_policy
 from ..assemble import build_policy
 from .card import write_card
-from .forms import FORMS
 from .proof import Drawn, Proof, difference, draw
 
-FORMATS = (*FORMS, "all")
 PICTURES = 4  # drawn by each form
 
 
@@ -29,7 +27,7 @@ PICTURES = 4  # drawn by each form
 class Trained:
     """The model that was trained. name: of its run."""
 
-    policy: StableDiffusionPolicy
+    policy: LatentPolicy
     config: Config
     name: str
     drawn: Drawn
@@ -57,18 +55,18 @@ def export(
     exists; and when a form draws other pictures than the trained model.
     """
     record = read(folder)
-    if worlds.is_world(record.config.pretrained.model):
+    family = find_family(record.config)
+    if not family.export_forms:
         raise ConfigError(
-            f"{folder.path} is a run in {record.config.pretrained.model}: there is no LoRA to "
-            "export; its adapter is checkpoints/…/adapter.safetensors"
+            f"{folder.path} is a run in {record.config.pretrained.model}: {family.no_export}"
         )
     chosen = folder.checkpoint(checkpoint)
     target = out or folder.path / "export" / chosen.name
     if target.exists():
         raise ConfigError(f"{target} is there already: remove it, or give another --out")
-    forms = list(FORMS) if form == "all" else [form]
+    forms = _forms(family, form)
     config = _in_float32(record.config)
-    trained = _trained(config, chosen, record)
+    trained = _trained(family, config, chosen, record)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -76,7 +74,7 @@ def export(
         with Bar("exporting", len(forms), show=show_progress) as bar:
             proofs = []
             for name in forms:
-                proofs.append(_prove(name, trained, partial / name))
+                proofs.append(_prove(name, family, trained, partial / name))
                 bar.advance()
         write_card(partial, record, chosen.name, proofs, trained.drawn)
         os.replace(partial, target)
@@ -86,6 +84,18 @@ def export(
     return Exported(target, proofs)
 
 
+def _forms(family: Family, form: str) -> list[str]:
+    """The names of the forms asked for. Raises ConfigError for one that the family has not."""
+    if form == "all":
+        return list(family.export_forms)
+    if form not in family.export_forms:
+        raise ConfigError(
+            f"--format {form}: a {family.name} model is exported as "
+            f"{', '.join(family.export_forms)}, or all"
+        )
+    return [form]
+
+
 def _in_float32(config: Config) -> Config:
     """Other programs choose a precision of their own; the proof is in the finest."""
     config = config.model_copy(deep=True)
@@ -93,26 +103,26 @@ def _in_float32(config: Config) -> Config:
     return config
 
 
-def _trained(config: Config, checkpoint: Path, record: Record) -> Trained:
+def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -> Trained:
     """The model of a checkpoint by the trainer's own file, and its pictures."""
     policy = build_policy(config, process_state().device)
-    assert isinstance(policy, StableDiffusionPolicy)
+    assert isinstance(policy, LatentPolicy)
     load_policy(policy, checkpoint)
     prompts = PromptSet(record.prompts or ("a cat",)).spread(PICTURES)
     with policy.reference():
-        before = draw(policy.pipeline, config, prompts)
-    after = draw(policy.pipeline, config, prompts)
+        before = draw(policy.pipeline, family, config, prompts)
+    after = draw(policy.pipeline, family, config, prompts)
     return Trained(policy, config, record.name, Drawn(prompts, before, after))
 
 
-def _prove(name: str, trained: Trained, folder: Path) -> Proof:
+def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     """Write one form, load it afresh, and compare. Raises ConfigError when they differ."""
     folder.mkdir()
-    form, drawn = FORMS[name], trained.drawn
+    form, drawn = family.export_forms[name], trained.drawn
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    again = draw(fresh, trained.config, drawn.prompts)
+    again = draw(fresh, family, trained.config, drawn.prompts)
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ...config import Config, ConfigError
 from ...core import rng
+from ...families import Family
+from ...models.latent import set_sampler
 
 GREY_LEVEL = 1 / 255  # two pictures that differ by less look alike in any file
 ROUNDING = 1e-4  # of float32, over the steps of a sampler
@@ -58,33 +59,21 @@ class Proof:
         )
 
 
-def set_sampler(pipeline: Any, config: Config) -> None:
-    """Give the pipeline the sampler of the run (docs/run_folder.md)."""
-    now = pipeline.scheduler.config
-    pipeline.scheduler = (
-        DPMSolverMultistepScheduler.from_config(
-            now,
-            algorithm_type="sde-dpmsolver++",
-            solver_order=1,
-            final_sigmas_type="sigma_min",
-        )
-        if config.sampling.scheduler == "dpm-solver"
-        else DDIMScheduler.from_config(now)
-    )
+def draw(pipeline: Any, family: Family, config: Config, prompts: Sequence[str]) -> np.ndarray:
+    """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1].
 
-
-def draw(pipeline: Any, config: Config, prompts: Sequence[str]) -> np.ndarray:
-    """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1]."""
-    set_sampler(pipeline, config)
-    sampling = config.sampling
-    noise = {} if sampling.scheduler == "dpm-solver" else {"eta": sampling.eta}
+    Raises ConfigError when no scheduler of diffusers draws so.
+    """
+    assert family.stock_sampler is not None
+    stock, sampling = family.stock_sampler(config), config.sampling
+    set_sampler(pipeline, stock.scheduler, stock.options)
     found: np.ndarray = pipeline(
         list(prompts),
         guidance_scale=sampling.guidance_scale,
         num_inference_steps=sampling.num_steps,
         generator=[rng.generator(0, "export", index=i) for i in range(len(prompts))],
         output_type="np",
-        **noise,
+        **stock.call,
     ).images
     return found
 

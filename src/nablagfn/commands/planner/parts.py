@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import rewards, worlds
+from ... import rewards
 from ...config import Config, ConfigError
 from ...core.types import Condition
+from ...families import find_family
 from ...methods.registry import find_method
-from ...models.stable_diffusion import StableDiffusionPolicy
+from ...models.latent import LatentPolicy
 from ...rewards import NamedReward, components_of, modules_of
 from ...rewards.clip import ClipScore
 from ...rewards.imagereward import ImageReward
@@ -65,7 +66,7 @@ def measure(config: Config, device: torch.device) -> Parts:
 
     Raises ConfigError when the model's configuration or the reward cannot be had.
     """
-    if worlds.is_world(config.pretrained.model):
+    if find_family(config).skeleton is None:
         raise ConfigError(f"{config.pretrained.model} is a world: it fits into any memory")
     with META:
         subject = build_subject(config, weight_dtype(config, device), META)
@@ -76,19 +77,21 @@ def measure(config: Config, device: torch.device) -> Parts:
 def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Subject:
     """The run's architecture with random weights on `place`, called inside its context. Raises
     ConfigError like `measure`."""
-    pretrained, model = config.pretrained, config.model
-    pipeline = architectures.by_configuration(pretrained.model, pretrained.revision)
-    _cast(pipeline.unet, dtype)
-    _cast(pipeline.text_encoder, dtype)
-    _cast(pipeline.vae, torch.float32 if dtype == torch.float16 else dtype)
-    policy = StableDiffusionPolicy(
-        pipeline,
-        guidance_scale=config.sampling.guidance_scale,
-        lora_rank=model.lora_rank,
-        vae_checkpointing=config.training.vae_checkpointing,
-    )
+    skeleton, model = find_family(config).skeleton, config.model
+    assert skeleton is not None
+    policy = skeleton(config)
+    for part in (policy.network, *encoders_of(policy)):
+        _cast(part, dtype)
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.float()
+    _cast(policy.vae, torch.float32 if dtype == torch.float16 else dtype)
     flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
     return Subject(policy, flow, _reward(config, place))
+
+
+def encoders_of(policy: LatentPolicy) -> list[nn.Module]:
+    """The text encoders of its pipeline."""
+    return [getattr(policy.pipeline, name) for name in policy.model.encoders]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -147,7 +150,7 @@ class Pass:
 class Subject:
     """The parts of a run, each as a pass of some rows. Call them inside the device's context."""
 
-    policy: StableDiffusionPolicy
+    policy: LatentPolicy
     flow: nn.Module
     reward: NamedReward
 
@@ -186,22 +189,22 @@ class Subject:
         shape = (rows, *self.policy.sample_shape)
         return torch.linspace(-2, 2, math.prod(shape), device=self.policy.device).reshape(shape)
 
-    def text(self, rows: int) -> Tensor:
-        words = self.policy.pipeline.text_encoder.config
-        return torch.zeros(rows, words.max_position_embeddings, words.hidden_size)
+    def given(self, rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """What the network is given beside x and the time."""
+        blank = self.policy.model.blank(rows)
+        return {name: value.to(dtype) for name, value in blank.items()}
 
     def eps(self, rows: int, gradient: bool) -> Pass:
         policy, copies = self.policy, 1 if self.policy.guidance_scale == 1.0 else 2
         x = self.x(rows).requires_grad_(gradient)
         time = torch.zeros(copies * rows, dtype=torch.long)
-        text = self.text(copies * rows).to(policy.dtype)
+        given = self.given(copies * rows, policy.dtype)
 
         def run() -> Tensor:
             seen = torch.cat([x] * copies).to(policy.dtype)
-            given = {policy.model.text: text}
             return policy.model.call(policy.network, seen, time, given).float()
 
-        return Pass(run, [*tensors_of([policy.network]), x, time, text], gradient)
+        return Pass(run, [*tensors_of([policy.network]), x, time, *given.values()], gradient)
 
     @contextlib.contextmanager
     def checkpointing(self, on: bool) -> Iterator[None]:
@@ -240,24 +243,24 @@ class Subject:
         return Pass(run, [*tensors_of(modules_of(self.reward)), images], gradient)
 
     def guess(self, rows: int, gradient: bool) -> Pass:
-        x, text, time = self.x(rows), self.text(rows), torch.zeros(rows, dtype=torch.long)
-        where = Condition((PROMPT,) * rows, ({},) * rows, {self.policy.model.text: text})
+        x, given, time = self.x(rows), self.given(rows), torch.zeros(rows, dtype=torch.long)
+        where = Condition((PROMPT,) * rows, ({},) * rows, given)
         run = functools.partial(self.flow, x, time, where)
-        return Pass(run, [*tensors_of([self.flow]), x, text, time], gradient)
+        return Pass(run, [*tensors_of([self.flow]), x, *given.values(), time], gradient)
 
 
 def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     """Bytes of weights, and of gradients and moments of what is trained."""
-    pipeline, theta = subject.policy.pipeline, size_of(subject.policy.parameters())
+    policy, theta = subject.policy, size_of(subject.policy.parameters())
     learned = find_method(config.experiment.method).learns_flow(config)
     flow = size_of(subject.flow.parameters()) if learned else 0
     moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
     copies = 2 + moments  # of the float32 weights, gradients among them
     speed = config.speed
-    words, reward = tensors_of([pipeline.text_encoder]), tensors_of(modules_of(subject.reward))
+    words, reward = tensors_of(encoders_of(policy)), tensors_of(modules_of(subject.reward))
     return {
-        "U-Net": size_of(tensors_of([pipeline.unet])) - theta,
-        "VAE": size_of(tensors_of([pipeline.vae])),
+        "U-Net": size_of(tensors_of([policy.network])) - theta,
+        "VAE": size_of(tensors_of([policy.vae])),
         "text encoder": 0 if speed.offload_text_encoder else size_of(words),
         "reward": 0 if speed.offload_reward else size_of(reward),
         "LoRA and its optimizer": copies * theta,

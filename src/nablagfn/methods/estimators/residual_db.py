@@ -16,13 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...config import ConfigError
 from ...core import kernels
 from ...core.lookahead import Attenuation, LogReward, guess, row_attenuation
-from ...core.types import Objective, Policy, Transitions
+from ...core.types import Policy, Transitions
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
-from ..parts import Parts
-from .guess import Guess
 
 
 def reverse_score(x: Tensor, x_next: Tensor, output: Tensor, k: kernels.Step) -> Tensor:
@@ -113,27 +110,3 @@ class ResidualDB(Estimator):
         cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
         (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
         return shared - self.strength * here.ahead["score_ref"]
-
-
-def build(p: Parts) -> Objective:
-    """The method nabla-db; with `model.no_flow` the guess alone."""
-    m = p.config.model
-    if m.no_flow:
-        guess = Guess(
-            p.policy, p.log_reward, m.reward_adaptive_mode, frozen_guess=p.frozen_guess(False)
-        )
-        return p.matching(guess, p.weight("one"))
-    if p.frozen_guess(False):
-        raise ConfigError(
-            "config.method.guess_model=pretrained is for nabla-db-lambda, or nabla-db with "
-            "config.model.no_flow=True: the published reverse loss guesses with the finetuned model"
-        )
-    estimator = ResidualDB(
-        p.policy,
-        p.log_reward,
-        m.reward_adaptive_mode,
-        p.flow(),
-        reverse_scale=m.reverse_loss_scale,
-        strength=m.pretrained_strength,
-    )
-    return p.matching(estimator, p.weight("one"))

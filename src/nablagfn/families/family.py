@@ -1,0 +1,89 @@
+"""What differs between models stands in the record of their family. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..core.kernels import KernelTable
+    from ..core.types import Policy, View
+    from ..models.latent import LatentPolicy
+    from ..prompts import PromptSet
+    from ..rewards import NamedReward
+
+
+@dataclass(frozen=True)
+class StockSampler:
+    """How diffusers draws as a run does.
+
+    scheduler: the name of its class. options: of `from_config`. call: arguments of the pipeline.
+    """
+
+    scheduler: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """How a trained model is written for other programs, and loaded again to prove it.
+
+    write(policy, config, folder, name): fills the folder of a model called `name`. load(config,
+    folder): a fresh pipeline from it.
+    """
+
+    write: Callable[[Any, Config, Path, str], None]
+    load: Callable[[Config, Path], Any]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a world brings along: its reward, prompts and view, beside which there are no others.
+
+    check_prompts raises ConfigError for a prompt that it does not know.
+    """
+
+    reward: Callable[[Config], NamedReward]
+    prompts: Callable[[Config], PromptSet]
+    check_prompts: Callable[[Config, Sequence[str]], None]
+    view: Callable[[Config, KernelTable], View]
+
+
+def nothing(config: Config) -> None:
+    """No option to refuse."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    claims: whether `pretrained.model` is of this family by its name alone. pipelines: the diffusers
+    classes (of model_index.json) that are. check: raises ConfigError for options that it cannot
+    have, before anything is loaded. load(config, device, shard): the policy; shard: spread over the
+    processes. skeleton: the policy of the run's architecture without its weights, for counting;
+    None where memory does not matter. lora_targets: endings of the names of its layers that get a
+    LoRA. export_forms: by name. no_export: why there are none. stock_sampler: raises ConfigError
+    when no scheduler of diffusers draws as the run does. small: whether it trains on a CPU. own:
+    for worlds.
+    """
+
+    name: str
+    claims: Callable[[str], bool]
+    load: Callable[[Config, torch.device, bool], Policy]
+    pipelines: tuple[str, ...] = ()
+    check: Callable[[Config], None] = nothing
+    skeleton: Callable[[Config], LatentPolicy] | None = None
+    lora_targets: tuple[str, ...] = ()
+    export_forms: Mapping[str, ExportForm] = field(default_factory=dict)
+    no_export: str = ""
+    stock_sampler: Callable[[Config], StockSampler] | None = None
+    loading_code: Callable[[Config], list[str]] | None = None
+    small: Callable[[str], bool] = lambda model: False
+    own: Own | None = None
