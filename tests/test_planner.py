@@ -14,6 +14,7 @@ from nablagfn.cli import main
 from nablagfn.commands import planner
 from nablagfn.commands.planner import Parts, Setting
 from nablagfn.config import Config, ConfigError
+from nablagfn.models import sd_architecture
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
