@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_every_built_in_is_usable(name: str, weights: Path) -> None:
-    found = resolve(name, CPU, str(weights) if name in NEED_WEIGHTS else "").check()
+    found = check_reward(resolve(name, CPU, str(weights) if name in NEED_WEIGHTS else ""))
     assert found.usable, found.table()
     assert found.row("batch-invariant").verdict == found.row("repeatable").verdict == OK
     ignores = found.row("prompt").figure == "ignores the prompt"
@@ -175,7 +175,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_reward_is_named_rightly(name: str) -> None:
     function, row, figure = BROKEN[name]
-    found = named(function).check()
+    found = check_reward(named(function))
     assert not found.usable and "NOT usable" in found.table()
     assert found.row(row).verdict == FAIL, found.table()
     assert figure in found.row(row).figure
@@ -185,12 +185,12 @@ def test_a_broken_reward_is_named_rightly(name: str) -> None:
 def test_only_what_is_broken_is_named() -> None:
     """A reward that is fine but for its gradient fails in that row alone."""
     for function in (detached, eight_bits):
-        failed = [row.name for row in named(function).check().rows if row.verdict == FAIL]
+        failed = [row.name for row in check_reward(named(function)).rows if row.verdict == FAIL]
         assert failed == ["gradient"]
 
 
 def test_a_clamp_before_the_reward_is_named() -> None:
-    found = named(clamped).check()
+    found = check_reward(named(clamped))
     assert (
         found.row("outside [0, 1]").verdict == WARN
         and "clamp" in found.row("outside [0, 1]").advice
@@ -201,7 +201,7 @@ def test_an_estimated_gradient_is_not_taken_for_the_true_one() -> None:
     from nablagfn.config import RewardSettings
 
     settings = RewardSettings(zeroth_order=2, zeroth_order_grid=4)
-    found = resolve("jpeg-size", CPU, settings=settings).check()
+    found = check_reward(resolve("jpeg-size", CPU, settings=settings))
     assert found.row("finite differences").verdict in (WARN, FAIL)
 
 
@@ -248,6 +248,6 @@ def test_the_command_says_in_one_line_what_is_wrong(
 
 
 def test_a_check_is_usable_unless_something_failed() -> None:
-    fine = named(clamped).check()
+    fine = check_reward(named(clamped))
     assert fine.usable and {row.verdict for row in fine.rows} <= {OK, WARN, INFO}
     assert isinstance(fine, Check) and isinstance(named(clamped), NamedReward)

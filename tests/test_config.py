@@ -420,7 +420,7 @@ def test_prompt_files_of_every_kind(tmp_path: Path, name: str) -> None:
 def test_a_quoted_line_break_in_a_csv_stays_in_its_prompt(tmp_path: Path) -> None:
     path = tmp_path / "quoted.csv"
     path.write_text('prompt\n"a cat\non a mat"\na dog\n', encoding="utf-8")
-    cat, dog = read_prompts(path)
+    cat, dog = read_prompts(path).prompts
     assert cat.split() == ["a", "cat", "on", "a", "mat"] and dog == "a dog"
 
 
@@ -469,7 +469,7 @@ def test_any_prompt_file_gives_prompts_or_one_line(
     path.write_bytes(content)
 
     def read() -> None:
-        prompts = PromptSet(read_prompts(path)).prompts
+        prompts = read_prompts(path).prompts
         assert prompts and all(p == p.strip() != "" for p in prompts)
 
     succeeds_or_says_why(read)
@@ -489,7 +489,7 @@ def test_any_json_gives_prompts_or_one_line(tmp_path: Path, value: object) -> No
     path.write_text(json.dumps(value), encoding="utf-8")
     entries = value if isinstance(value, list) else []
     if entries and all(isinstance(p, str) and p.strip() for p in entries):
-        assert read_prompts(path) == tuple(p.strip() for p in entries)
+        assert read_prompts(path).prompts == tuple(p.strip() for p in entries)
     else:
         error_line(lambda: read_prompts(path))
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from nablagfn import prompts as module
 from nablagfn.config import Config, ConfigError
 from nablagfn.core import rng
 from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
-from nablagfn.prompts import BUILT_IN, PromptSet, load_prompts, plural
+from nablagfn.prompts import BUILT_IN, PromptSet, load_prompts
+from nablagfn.prompts import named as module
+from nablagfn.prompts.named import plural
 from nablagfn.training.collect import Collector
 from nablagfn.training.trainer import Trainer
 from tests.shared import PROMPTS, needs_prompts

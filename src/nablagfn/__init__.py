@@ -1,6 +1,7 @@
 """nablagfn: finetune diffusion models with a differentiable reward, keeping diversity and prior.
 
-from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, resolve_reward
+from nablagfn import finetune   # all that `nablagfn train` does
+from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, resolve_reward   # its parts
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .commands.finetune import finetune
     from .config import Config, ConfigError
     from .models.stable_diffusion import StableDiffusionPolicy
     from .prompts import PromptSet
@@ -26,6 +28,7 @@ _HOMES = {
     "StableDiffusionPolicy": (".models.stable_diffusion", "StableDiffusionPolicy"),
     "Trainer": (".training.trainer", "Trainer"),
     "TrainingError": (".training.trainer", "TrainingError"),
+    "finetune": (".commands.finetune", "finetune"),
     "load_config": (".recipes.options", "load_config"),
     "resolve_reward": (".rewards", "resolve"),
 }
@@ -37,6 +40,7 @@ __all__ = [
     "StableDiffusionPolicy",
     "Trainer",
     "TrainingError",
+    "finetune",
     "load_config",
     "resolve_reward",
 ]

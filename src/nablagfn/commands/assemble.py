@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import rewards
 from ..config import Config, ConfigError
-from ..core.types import Policy, View
+from ..core.types import Policy, Recogniser, Reward, View
 from ..evaluation import PictureView, draw
 from ..evaluation.extractors import Extractor, embedded, load_extractor
 from ..families import claimed, find_family
 from ..methods.build import build_kernel
+from ..models.locate import critics_of
 from ..models.shard import check_several
 from ..models.tune import check_speed, compile_modules
 from ..prompts import PromptSet, load_prompts
 from ..rewards import NamedReward
+from ..rewards.critics import AnimalClassifier
 from ..runs.runfolder import RunFolder
 from ..runtime.distributed import from_main_process, process_state
 from ..training.checkpoint import load_policy
 from ..training.runlog import make_accelerator
-from ..training.trainer import Trainer
+from ..training.trainer import Callback, Trainer
 
 
 def check_names(config: Config) -> None:
@@ -64,6 +67,7 @@ def build_reward(config: Config, device: torch.device) -> NamedReward:
     found = rewards.resolve(name, _home(config, device), config.reward.weights, config.reward)
     if config.speed.compile_reward:
         compile_modules(rewards.networks_of(found))
+        found = replace(found, made_with={**found.made_with, "speed.compile_reward": True})
     return rewards.offloaded(found) if config.speed.offload_reward else found
 
 
@@ -88,6 +92,12 @@ def build_extractor(config: Config, device: torch.device) -> Extractor:
     return load_extractor(config.evaluation.extractor, device, config.reward.weights)
 
 
+def build_recogniser(config: Config, device: torch.device) -> Recogniser | None:
+    """The classifier that came with the pretrained model, if it has one."""
+    folder = critics_of(config.pretrained.model)
+    return None if folder is None else AnimalClassifier.from_folder(folder).to(device).eval()
+
+
 def build_view(config: Config, extractor: Extractor = embedded) -> View:
     """Points of a world beside its target, or pictures and their features by `extractor`."""
     family = find_family(config)
@@ -105,17 +115,27 @@ def build_policy(config: Config, device: torch.device, *, shard: bool = False) -
     return find_family(config).load(config, device, shard)
 
 
-def build_trainer(config: Config, folder: RunFolder) -> Trainer:
-    """Check and load everything in the order of cost: names first, weights last."""
+def build_trainer(
+    config: Config,
+    folder: RunFolder,
+    *,
+    reward: Reward | None = None,
+    prompts: PromptSet | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Check and load everything in the order of cost: names first, weights last.
+
+    reward, prompts: instead of those that the config names.
+    """
     check_names(config)
     if config.training.shard_base:
         check_several(process_state().num_processes)
-    prompts = build_prompts(config)
+    prompts = prompts or build_prompts(config)
     folder = from_main_process(folder)  # a late process must not see the run as already there
     accelerator = make_accelerator(config, folder)
     device = accelerator.device
     check_speed(config.speed, device)
-    reward = build_reward(config, device)
+    reward = build_reward(config, device) if reward is None else reward
     held_out = build_held_out(config, device)
     view = build_view(config, build_extractor(config, device))
     return Trainer(
@@ -127,6 +147,8 @@ def build_trainer(config: Config, folder: RunFolder) -> Trainer:
         accelerator=accelerator,
         view=view,
         held_out=held_out,
+        recogniser=build_recogniser(config, device),
+        callbacks=callbacks,
     )
 
 

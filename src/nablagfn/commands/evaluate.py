@@ -6,7 +6,7 @@ on where the first was cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .. import rewards
 from ..config import Config, ConfigError, set_option
+from ..core.types import Metadata
 from ..evaluation import Evaluator, Measured, figures, per_prompt, thumbnails
 from ..evaluation.files import read_samples, write_samples
 from ..families import find_family
@@ -31,7 +32,14 @@ from ..runs.progress import Bar
 from ..runs.runfolder import RunFolder, complete_checkpoints
 from ..runtime.distributed import from_main_process, set_backend_flags
 from ..training.checkpoint import load_policy
-from .assemble import build_extractor, build_policy, build_reward, build_view, check_names
+from .assemble import (
+    build_extractor,
+    build_policy,
+    build_recogniser,
+    build_reward,
+    build_view,
+    check_names,
+)
 
 IMAGES_PER_PROMPT = 16
 RESAMPLES = 1_000
@@ -68,6 +76,7 @@ class Plan:
     images_per_prompt: int
     held_out: tuple[str, ...]
     checkpoints: tuple[Path, ...]
+    about: Mapping[str, Metadata]
 
     @property
     def asked(self) -> list[str]:
@@ -120,7 +129,15 @@ def make_plan(folder: RunFolder, request: Request) -> Plan:
         choose_count(config, request, own),
         choose_rewards(config, request, own),
         choose_checkpoints(folder, request.checkpoints),
+        known_about(folder, request),
     )
+
+
+def known_about(folder: RunFolder, request: Request) -> Mapping[str, Metadata]:
+    """The metadata of the run's prompts, and of the file's."""
+    if not request.prompt_file:
+        return folder.about()
+    return {**folder.about(), **read_prompts(Path(request.prompt_file).expanduser()).about}
 
 
 def choose_checkpoints(folder: RunFolder, names: Sequence[str]) -> tuple[Path, ...]:
@@ -141,7 +158,7 @@ def choose_prompts(folder: RunFolder, config: Config, request: Request) -> tuple
         raise ConfigError("give --prompts or --prompt-file, not both")
     given: Sequence[str] = request.prompts
     if request.prompt_file:
-        given = read_prompts(Path(request.prompt_file).expanduser())
+        given = read_prompts(Path(request.prompt_file).expanduser()).prompts
     if not given:
         trained, held_out = folder.prompt_sets()
         given = held_out or trained
@@ -238,8 +255,9 @@ def build_evaluator(plan: Plan, accelerator: Accelerator) -> Evaluator:
         batch_size=config.evaluation.batch_size or config.sampling.batch_size,
         seed=config.evaluation.seed,
         view=view,
-        critics=critics_of(config.pretrained.model),
+        recogniser=build_recogniser(config, device),
         held_out=held_out,
+        about=plan.about,
     )
 
 

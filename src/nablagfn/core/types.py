@@ -263,6 +263,15 @@ class View(Protocol):
         ...
 
 
+class Recogniser(Protocol):
+    """An independent judge of what pictures show; never a reward."""
+
+    def recognise(self, images: Tensor, prompts: Sequence[str]) -> list[bool | None]:
+        """Whether each image [B, 3, H, W] shows what its prompt names; None where it names nothing
+        that is known."""
+        ...
+
+
 class Objective(Protocol):
     """Turns transitions into losses. It may own modules that are trained beside the policy.
 

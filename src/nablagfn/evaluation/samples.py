@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,15 +12,14 @@ from torch import Tensor
 
 from ..core.kernels import KernelTable
 from ..core.path_kl import path_kl
-from ..core.types import Policy, Reward, View
-from ..rewards.critics import AnimalClassifier
+from ..core.types import Metadata, Policy, Recogniser, Reward, View
 from ..runtime.distributed import gather
 from .drawing import decoded, draw_paths
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured picture. recognised is None where no classifier knows the prompt.
+    """One measured picture. recognised is None where nobody can tell.
 
     path_kl: the KL of its path's steps against the pretrained model's, in nats; 0 for the latter.
     held_out: rewards that were not trained on, by name.
@@ -40,8 +38,8 @@ class Sample:
 class Evaluator:
     """Measures a policy on fixed prompts and seeds; the work is shared by all processes.
 
-    critics: folder with the classifier that came with the pretrained model, if it has one.
-    held_out: rewards to measure beside `reward`, by name.
+    recogniser: who tells what the pictures show, if somebody does. held_out: rewards to measure
+    beside `reward`, by name. about: the metadata of prompts that have some.
     """
 
     def __init__(
@@ -54,8 +52,9 @@ class Evaluator:
         batch_size: int,
         seed: int,
         view: View,
-        critics: Path | None = None,
+        recogniser: Recogniser | None = None,
         held_out: Mapping[str, Reward] | None = None,
+        about: Mapping[str, Metadata] | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -65,11 +64,8 @@ class Evaluator:
         self.seed = seed
         self.view = view
         self.held_out = dict(held_out or {})
-        self.classifier = (
-            None
-            if critics is None
-            else AnimalClassifier.from_folder(critics).to(policy.device).eval()
-        )
+        self.recogniser = recogniser
+        self.about = about or {}
 
     def samples(
         self,
@@ -111,7 +107,9 @@ class Evaluator:
         if not reference:
             kl = path_kl(self.policy, self.table, paths).sum(1).tolist()
         features, kept = self.view.features(images).cpu(), keep(images).cpu()
-        recognised = self._recognised(images, prompts)
+        recognised: list[bool | None] = [None] * len(prompts)
+        if self.recogniser is not None:
+            recognised = self.recogniser.recognise(images, prompts)
         return [
             Sample(
                 index=index,
@@ -126,17 +124,8 @@ class Evaluator:
             for i, index in enumerate(rows)
         ]
 
-    @staticmethod
-    def _scores(reward: Reward, images: Tensor, prompts: list[str]) -> list[float]:
+    def _scores(self, reward: Reward, images: Tensor, prompts: list[str]) -> list[float]:
+        metadata = [self.about.get(prompt, {}) for prompt in prompts]
         with torch.no_grad():
-            found: list[float] = reward(images, prompts, [{} for _ in prompts]).tolist()
+            found: list[float] = reward(images, prompts, metadata).tolist()
         return found
-
-    def _recognised(self, images: Tensor, prompts: list[str]) -> list[bool | None]:
-        """Whether the classifier sees the animal that the prompt names (None: it names none)."""
-        if self.classifier is None:
-            return [None] * len(prompts)
-        animals = set(self.classifier.labels["animal"])
-        seen = self.classifier.predict(images)["animal"]
-        named = [next((w for w in p.lower().split() if w in animals), None) for p in prompts]
-        return [None if n is None else n == s for n, s in zip(named, seen, strict=True)]

@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from ..config import Speed
 from ..core import rng
 from ..core.schedules import Noising, Prediction
 from ..core.surrogate import wants_gradient
@@ -138,6 +139,11 @@ class LatentPolicy:
         if vae_checkpointing:
             self.vae.enable_gradient_checkpointing()
         self.vae_slice = vae_slice
+        self.gradient_checkpointing, self.vae_checkpointing = (
+            gradient_checkpointing,
+            vae_checkpointing,
+        )
+        self.speed = Speed()  # what `tune` has set up
         self.sample_shape: tuple[int, ...] = model.sample_shape
         self.prediction: Prediction = model.prediction
         self.noising: Noising = model.noising
@@ -287,9 +293,19 @@ class LatentPolicy:
     # ---------------------------------------------------------------- records and state
 
     def settings(self) -> dict[str, Any]:
-        """Model, guidance, rank and sharding as they are, whatever a config says."""
+        """Every option that this policy was built with, as it is, whatever a config says."""
+        precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "no")
+        on_cpu = self.device.type == "cpu" and precision == "no"  # where it is what every choice is
+        speed = self.speed.model_dump(
+            exclude={"fused_optimizer", "compile_reward", "offload_reward"}
+        )
         return {
             "training.shard_base": self.together,
+            "training.gradient_checkpointing": self.gradient_checkpointing,
+            "training.vae_checkpointing": self.vae_checkpointing,
+            "training.vae_slice": self.vae_slice,
+            **({} if on_cpu else {"training.mixed_precision": precision}),
+            **{f"speed.{name}": value for name, value in speed.items()},
             "pretrained.model": self.name,
             "pretrained.family": self.model.family,
             "sampling.guidance_scale": self.guidance_scale,

@@ -31,6 +31,7 @@ def tune(policy: LatentPolicy, speed: Speed) -> LatentPolicy:
         use_cuda_graphs(policy)
     if speed.offload_text_encoder:
         policy.offload_text_encoder()
+    policy.speed = speed.model_copy()
     return policy
 
 

@@ -216,3 +216,10 @@ class AnimalClassifier(_Critic):
         """The likeliest label per head and picture, for images [B, 3, H, W] in [0, 1]."""
         logits = self(images)
         return {k: [self.labels[k][i] for i in v.argmax(1).tolist()] for k, v in logits.items()}
+
+    def recognise(self, images: Tensor, prompts: Sequence[str]) -> list[bool | None]:
+        """Whether it sees the animal that each prompt names; None where it names none."""
+        animals = set(self.labels["animal"])
+        seen = self.predict(images)["animal"]
+        named = [next((w for w in p.lower().split() if w in animals), None) for p in prompts]
+        return [None if n is None else n == s for n, s in zip(named, seen, strict=True)]

@@ -46,18 +46,19 @@ def offloaded(reward: NamedReward) -> NamedReward:
     Modules are found in the reward's attributes; what it reaches otherwise stays where it is.
     """
     function = reward.function
+    made = {**reward.made_with, "speed.offload_reward": True}
     if isinstance(function, Composition):
         parts = tuple(
             replace(component, reward=offloaded(part))
             for component, part in zip(function.components, components_of(reward), strict=True)
         )
-        return replace(reward, function=replace(function, components=parts))
+        return replace(reward, function=replace(function, components=parts), made_with=made)
     modules = modules_of(function)
     if not modules:
-        return reward
+        return replace(reward, made_with=made)
     for module in modules:
         module.to("cpu")
-    return replace(reward, function=Offloaded(reward, modules))
+    return replace(reward, function=Offloaded(reward, modules), made_with=made)
 
 
 class Offloaded:

@@ -6,9 +6,9 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from ..core.types import Metadata, Reward
 from . import analytic, blackbox
 from .blackbox import ZerothOrder
 from .compose import Component, Composition, Scores, parse, with_settings
-
-if TYPE_CHECKING:
-    from .check import Check
 
 Loader = Callable[[torch.device, str], Reward]
 
@@ -80,12 +77,13 @@ class NamedReward:
     """A reward with its name (`experiment.reward_fn`), whose results are checked.
 
     differentiable: False for a black box, which is called without gradients and may return numbers
-    of any kind (list, numpy).
+    of any kind (list, numpy). made_with: the options (dotted names) that it was built with.
     """
 
     name: str
     function: Reward
     differentiable: bool = True
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -136,12 +134,6 @@ class NamedReward:
                 return self.function.scores(images, prompts, metadata)
             return Scores(self(images, prompts, metadata), {})
 
-    def check(self, images: Tensor | None = None, prompts: Sequence[str] = ()) -> Check:
-        """Is it fit for training? See `check.check_reward`."""
-        from .check import check_reward
-
-        return check_reward(self, images, prompts)
-
 
 def no_gradient(reward: str, method: str) -> ConfigError:
     """What a method says that needs a gradient where there is none."""
@@ -174,14 +166,16 @@ def resolve(
     for component in components:
         _check_name(spec, component.name)
     found = [_single(spec, c.name, device, weights, settings) for c in components]
+    made = {f"reward.{key}": value for key, value in settings.model_dump().items()}
+    made["reward.weights"] = weights
     if len(components) == 1 and components[0].plain:
-        return found[0]
+        return replace(found[0], made_with=made)
     filled = tuple(
         Component(c.name, reward, c.weight, c.mean, c.std, c.low, c.high)
         for c, reward in zip(components, found, strict=True)
     )
     function = Composition(filled, settings.project_conflicts)
-    return NamedReward(spec, function, all(reward.differentiable for reward in found))
+    return NamedReward(spec, function, all(reward.differentiable for reward in found), made)
 
 
 def resolve_all(

@@ -29,6 +29,7 @@ from ..config import Config, ConfigError, flatten, merge
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
 GUARD = "guard.json"
+ABOUT = "prompt_metadata.json"  # by prompt, where the prompt file says more
 METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
     "guard.",
@@ -117,6 +118,10 @@ class RunFolder:
         if not prompts:
             raise ConfigError(f"{self.path} has no prompts.json: its run never started")
         return prompts, self.read_json("held_out.json") or []
+
+    def about(self) -> dict[str, Any]:
+        """The metadata of prompts that have some."""
+        return self.read_json(ABOUT) or {}
 
     def config(self) -> Config:
         """The resolved settings. Raises ConfigError when this is not a run folder."""

@@ -68,7 +68,12 @@ class Collector:
             purpose="noise",
             step=epoch,
         )
-        return rollout(self.policy, self.table, noise, self.policy.condition(prompts, ()))
+        return rollout(
+            self.policy,
+            self.table,
+            noise,
+            self.policy.condition(prompts, self.prompts.metadata(prompts)),
+        )
 
     def batches(
         self, drawn: Trajectories, epoch: int, inner: int, objective: Objective

@@ -6,27 +6,26 @@ It names no objective, no model and no reward: `Policy`, `Reward` and `Objective
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from .. import report
-from ..config import Config, ConfigError, set_option
+from ..config import Config, ConfigError, flatten, set_option
 from ..core.counting import Counts, compilations, counted
 from ..core.rollout import fingerprints
-from ..core.types import Policy, Reward, Trajectories, View
+from ..core.types import Policy, Recogniser, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
-from ..evaluation.extractors import load_extractor
 from ..methods.build import build_kernel, build_objective
 from ..methods.parts import Parts
 from ..methods.registry import check_settings
-from ..models.locate import critics_of
 from ..prompts import PromptSet
-from ..rewards import NamedReward, Scores, named, resolve_all
+from ..rewards import NamedReward, Scores, named
 from ..runs import runfolder
 from ..runs.progress import Bar, StopRequest, console
 from ..runs.runfolder import RunFolder
@@ -39,11 +38,32 @@ from .observe import Observer
 from .runlog import RunLog, make_accelerator
 from .updater import TrainingError, Updater, require_finite
 
+IDENTITY = ("pretrained.model", "pretrained.family", "experiment.reward_fn")  # what was passed is
+UNBUILT = {  # what an object has that says nothing of an option: the option's default
+    key: value
+    for key, value in flatten(Config()).items()
+    if key.startswith(("speed.", "reward."))
+    or key in ("training.gradient_checkpointing", "training.vae_checkpointing")
+    if key != "speed.fused_optimizer"  # the trainer's own
+}
+Callback = Callable[[int, Mapping[str, Any]], object]  # (update, its row of metrics.jsonl)
+
 
 def settle(config: Config, policy: Policy, reward: NamedReward) -> Config:
-    """The options as they are really used: what was passed in as objects goes before the config."""
+    """The options as they are really used: those of the objects that were passed in.
+
+    Raises ConfigError, one line, for an option that was set and that the objects do not have.
+    """
     config = config.model_copy(deep=True)
-    for key, value in {**policy.settings(), "experiment.reward_fn": reward.name}.items():
+    has = {**UNBUILT, **reward.made_with, **policy.settings()}
+    has["experiment.reward_fn"] = reward.name
+    wanted, usual = flatten(config), flatten(Config())
+    for key, value in has.items():
+        if key not in IDENTITY and wanted[key] not in (value, usual[key]):
+            raise ConfigError(
+                f"config.{key}={wanted[key]!r}, but what was passed to Trainer has {value!r}: "
+                "build it so, leave the option out, or let nablagfn.finetune build everything"
+            )
         set_option(config, key, value)
     check_settings(config)
     return config
@@ -64,6 +84,24 @@ def check_shards(policy: Policy, config: Config) -> None:
         raise ConfigError(
             "config.training.shard_base=True, but the policy is whole: load it with "
             "StableDiffusionPolicy.from_pretrained(…, shard=True), or leave the option out"
+        )
+
+
+def check_measuring(
+    config: Config, view: View | None, held_out: Mapping[str, Reward] | None
+) -> None:
+    """Raises ConfigError when the config names an extractor or rewards that were not passed."""
+    usual, wanted = Config().evaluation, config.evaluation
+    if view is None and wanted.extractor != usual.extractor:
+        raise ConfigError(
+            f"config.evaluation.extractor={wanted.extractor!r}, but Trainer was given no view: "
+            "pass view=PictureView(load_extractor(…)), or let nablagfn.finetune build everything"
+        )
+    missing = [name for name in wanted.held_out_rewards if name not in (held_out or {})]
+    if missing:
+        raise ConfigError(
+            f"config.evaluation.held_out_rewards has {missing[0]!r}, which was not passed to "
+            "Trainer: pass held_out={name: reward}, or let nablagfn.finetune build everything"
         )
 
 
@@ -92,9 +130,12 @@ class Trainer:
 
     prompts: what the model is asked to draw. folder: the run folder (default:
     `saving.output_dir/REWARD_seedS`), continued when it holds a run with the same settings.
-    view: how samples are measured and shown (default: as pictures). held_out: rewards to measure
-    beside the trained one, by name (`evaluation.held_out_rewards`).
-    Raises ConfigError, before anything is written, when settings contradict each other.
+    view: how samples are measured and shown (default: as pictures, by the extractor inside the
+    package). held_out: rewards to measure beside the trained one, by name. recogniser: who tells
+    what pictures show. callbacks: called after each update on the main process, with its number and
+    its row of metrics.jsonl; one that returns True ends the run after its epoch's last update.
+    Raises ConfigError, before anything is written, when settings contradict each other, or for an
+    option that the objects passed in do not have.
     """
 
     def __init__(
@@ -108,10 +149,13 @@ class Trainer:
         accelerator: Accelerator | None = None,
         view: View | None = None,
         held_out: Mapping[str, Reward] | None = None,
+        recogniser: Recogniser | None = None,
+        callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
     ) -> None:
         reward = named(reward)
         check_shards(policy, config)
+        check_measuring(config, view, held_out)
         self.config = config = settle(config, policy, reward)
         self.policy, self.reward, self.prompts = policy, reward, prompts
         self.updates_per_epoch = config.updates_per_epoch() * config.training.num_inner_epochs
@@ -139,7 +183,8 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.observer = self._make_observer(view, held_out)
+        self.callbacks, self._enough = tuple(callbacks), False
+        self.observer = self._make_observer(view, held_out, recogniser)
         self.checkpoints = CheckpointIO(
             self.folder.checkpoints,
             policy,
@@ -150,13 +195,13 @@ class Trainer:
             limit=config.logging.num_checkpoint_limit,
         )
 
-    def _make_observer(self, view: View | None, held_out: Mapping[str, Reward] | None) -> Observer:
-        config, device = self.config, self.policy.device
-        wanted, weights = config.evaluation, config.reward.weights
-        if view is None:
-            view = PictureView(load_extractor(wanted.extractor, device, weights))
-        if held_out is None:
-            held_out = resolve_all(wanted.held_out_rewards, device, weights)
+    def _make_observer(
+        self,
+        view: View | None,
+        held_out: Mapping[str, Reward] | None,
+        recogniser: Recogniser | None,
+    ) -> Observer:
+        config, wanted = self.config, self.config.evaluation
         evaluator = Evaluator(
             self.accelerator,
             self.policy,
@@ -164,9 +209,10 @@ class Trainer:
             self.table,
             batch_size=wanted.batch_size or config.sampling.batch_size,
             seed=wanted.seed,
-            view=view,
-            critics=critics_of(config.pretrained.model),
+            view=view or PictureView(),
+            recogniser=recogniser,
             held_out=held_out,
+            about=self.prompts.about,
         )
         prompts = self.prompts.evaluation
         return Observer(evaluator, self.folder, prompts, config, show=self.show)
@@ -201,6 +247,9 @@ class Trainer:
             ) as bar,
         ):
             while position.epoch < epochs and not self.guard.state.stopped:
+                if distributed.any_process(self.accelerator, self._enough):
+                    self._save(position)
+                    break
                 start = self.checkpoints.snapshot(position)
                 try:
                     position = self._epoch(position, bar, stop)
@@ -226,6 +275,8 @@ class Trainer:
             self.folder.write_json("versions.json", self._versions())
             self.folder.write_json("prompts.json", list(self.prompts.prompts))
             self.folder.write_json("held_out.json", list(self.prompts.held_out))
+            if self.prompts.about:
+                self.folder.write_json(runfolder.ABOUT, dict(self.prompts.about))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()
@@ -303,8 +354,15 @@ class Trainer:
                     row |= self._look(epoch + 1, update, bar)
                 row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
                 self.log.write(update, row, done.by_step)
+                self._tell(update, row)
         self.observer.advise(bar, self.log.rows, self.log.by_step)
         return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
+
+    def _tell(self, update: int, row: Mapping[str, Any]) -> None:
+        """Call the callbacks, on the main process."""
+        if self.accelerator.is_main_process:
+            asked = [callback(update, row) is True for callback in self.callbacks]
+            self._enough = self._enough or any(asked)
 
     def _look(self, epoch: int, update: int, bar: Bar) -> dict[str, float]:
         """Measure fixed-seed samples where an epoch ends that wants it, and let the guard judge."""
