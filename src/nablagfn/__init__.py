@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import moved
+
 __version__ = "0.1.0"
+moved.install()
 
 if TYPE_CHECKING:
     from .commands.finetune import finetune
