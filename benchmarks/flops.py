@@ -15,7 +15,7 @@ import torch
 from common import machine, parser, report
 
 from nablagfn import load_config
-from nablagfn.commands.planner import Parts, Work, measure, work_of
+from nablagfn.commands.planner import Costs, Work, measure, work_of
 from nablagfn.config import Config
 
 TFLOP = 1e12
@@ -27,7 +27,7 @@ def published(config: Config, n: float) -> Work:
     return Work(n, config.sampling.num_steps + 3 * n, 5 * n, 2 * n + 1, 2 * n)
 
 
-def path(parts: Parts, work: Work) -> float:
+def path(parts: Costs, work: Work) -> float:
     """FLOPs of a path, all told; the flow network is left out on both sides."""
     decode = parts.decode.forward + parts.reward.forward
     back = parts.decode.backward + parts.reward.backward
@@ -35,7 +35,7 @@ def path(parts: Parts, work: Work) -> float:
     return model + work.decode * decode + work.decode_backward * back
 
 
-def line(name: str, config: Config, parts: Parts, work: Work, paths: int) -> dict[str, Any]:
+def line(name: str, config: Config, parts: Costs, work: Work, paths: int) -> dict[str, Any]:
     drawing = config.sampling.num_steps * parts.eps.forward
     whole = path(parts, work)
     return {

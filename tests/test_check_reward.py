@@ -13,7 +13,7 @@ from nablagfn.cli import UNUSABLE, main
 from nablagfn.commands.check_reward import latent_gradient
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.rewards import BUILT_IN, NamedReward, named, resolve
-from nablagfn.rewards.check import FAIL, INFO, OK, WARN, Check, check_reward, noise
+from nablagfn.rewards.check import FAIL, INFO, OK, WARN, RewardCheck, check_reward, noise
 from tests.tiny_pipeline import make_pipeline
 from tests.tiny_rewards import save_weights
 
@@ -250,4 +250,4 @@ def test_the_command_says_in_one_line_what_is_wrong(
 def test_a_check_is_usable_unless_something_failed() -> None:
     fine = check_reward(named(clamped))
     assert fine.usable and {row.verdict for row in fine.rows} <= {OK, WARN, INFO}
-    assert isinstance(fine, Check) and isinstance(named(clamped), NamedReward)
+    assert isinstance(fine, RewardCheck) and isinstance(named(clamped), NamedReward)

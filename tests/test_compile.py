@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nablagfn.cli import main
 from nablagfn.commands import assemble
-from nablagfn.commands.doctor import Check, examine, machine
+from nablagfn.commands.doctor import Exam, examine, machine
 from nablagfn.config import ConfigError
 from nablagfn.core.counting import compilations
 from nablagfn.core.lookahead import without_theta
@@ -250,7 +250,7 @@ def test_they_are_refused_where_there_is_no_cuda_device(
     config.speed.cuda_graphs = True
     policy: Any = assemble.build_policy(config, CPU)
     assert policy.network_free is None
-    (row,) = examine(config, CPU, [Check("device", machine.devices)])
+    (row,) = examine(config, CPU, [Exam("device", machine.devices)])
     assert row.finding.status == "failure" and "cuda_graphs" in row.finding.text
     tune.check_speed(config.speed, torch.device("cuda"))
     with pytest.raises(ConfigError, match="leave it out"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nablagfn.cli import main
-from nablagfn.commands.doctor import Check, Finding, Patient, examine, machine, parts
+from nablagfn.commands.doctor import Exam, Finding, Patient, examine, machine, parts
 from nablagfn.commands.doctor.compiled import compiled
 from nablagfn.config import Config
 from nablagfn.models import tune
@@ -54,7 +54,7 @@ def test_what_needs_a_missing_model_is_skipped_and_the_exit_code_is_1(
 def test_contradicting_batches_are_a_row_that_names_them() -> None:
     config = Config()
     config.training.batch_size = 3
-    (row,) = examine(config, CPU, [Check("batches", parts.batches)])
+    (row,) = examine(config, CPU, [Exam("batches", parts.batches)])
     assert row.finding.status == "failure"
     assert "training.batch_size" in row.finding.text and "64" in row.finding.text
 
@@ -204,7 +204,7 @@ def test_a_wrong_compiled_step_fails_with_its_fix(
     what: str, compiler: Callable[[Any], Patient]
 ) -> None:
     someone = compiler(lambda gm, inputs: run_of(gm, WRONG[what]))
-    (row,) = examine(someone.config, CPU, [Check("compiled step", lambda _: compiled(someone))])
+    (row,) = examine(someone.config, CPU, [Exam("compiled step", lambda _: compiled(someone))])
     assert row.finding.status == "failure"
     assert row.finding.fix == "leave config.speed.compile out"
     if what == "values":

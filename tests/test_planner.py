@@ -12,7 +12,7 @@ from torch.utils._device import _device_constructors
 
 from nablagfn.cli import main
 from nablagfn.commands import planner
-from nablagfn.commands.planner import Parts, Setting
+from nablagfn.commands.planner import Costs, Setting
 from nablagfn.config import Config, ConfigError
 from nablagfn.models import sd_architecture
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -61,7 +61,7 @@ def held_by_update(config: Config, rows: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+def parts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Costs:
     config = config_of(tiny_folder, tmp_path_factory.mktemp("out"), "nabla-db")
     return planner.measure(config, CPU)
 
@@ -99,7 +99,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_the_prediction_covers_what_an_update_holds(
-    method: str, options: dict[str, object], tiny_folder: Path, tmp_path: Path, parts: Parts
+    method: str, options: dict[str, object], tiny_folder: Path, tmp_path: Path, parts: Costs
 ) -> None:
     """Of two sizes, the difference: what rows add, which is what the planner decides by."""
     config = config_of(tiny_folder, tmp_path, method, **options)
@@ -153,7 +153,7 @@ def test_work_is_what_the_methods_page_says() -> None:
 
 
 def test_less_memory_means_smaller_parts_of_the_same_update(
-    tiny_folder: Path, tmp_path: Path, parts: Parts
+    tiny_folder: Path, tmp_path: Path, parts: Costs
 ) -> None:
     """Down to nothing that fits; what is chosen fits, and keeps the number of paths drawn."""
     config = config_of(tiny_folder, tmp_path, "nabla-db", **{"sampling.batch_size": 8})
@@ -173,7 +173,7 @@ def test_less_memory_means_smaller_parts_of_the_same_update(
 
 
 def test_checkpointing_comes_after_slices_and_only_for_enough_rows(
-    tiny_folder: Path, tmp_path: Path, parts: Parts
+    tiny_folder: Path, tmp_path: Path, parts: Costs
 ) -> None:
     """At each amount of memory, what adds no work is tried first."""
     config = config_of(tiny_folder, tmp_path, "nabla-db")

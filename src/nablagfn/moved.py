@@ -56,7 +56,7 @@ class _Alias(importlib.abc.Loader):
         module.__spec__ = self.spec
 
 
-class Finder(importlib.abc.MetaPathFinder):
+class MovedFinder(importlib.abc.MetaPathFinder):
     """Asked first, or parts of a package that has moved would be found in its new place under their
     old names, as modules of their own."""
 
@@ -73,5 +73,5 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def install() -> None:
     """Once in a process."""
-    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
+    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MovedFinder())

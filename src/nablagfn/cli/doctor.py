@@ -12,7 +12,7 @@ from ..recipes.options import apply_overrides, load_config
 from .common import UNUSABLE, command
 
 if TYPE_CHECKING:
-    from ..commands.doctor import Row
+    from ..commands.doctor import Line
 
 COLOURS = {"ok": "green", "warning": "yellow", "failure": "red", "skipped": "dim"}
 
@@ -47,7 +47,7 @@ def doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         sys.exit(UNUSABLE)
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Line]) -> None:
     """One row a check: what was seen and, below it, the fix."""
     from rich.table import Table
     from rich.text import Text

@@ -15,7 +15,7 @@ from .common import UNUSABLE, command
 if TYPE_CHECKING:
     import torch
 
-    from ..commands.planner import Plan, Seconds
+    from ..commands.planner import RunPlan, Seconds
 
 GB = 1e9
 
@@ -76,7 +76,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     show_time(config, found, planner.at_rate(found.prices, rate))
 
 
-def prices(config: Config, device: torch.device, found: Plan) -> dict[str, Seconds]:
+def prices(config: Config, device: torch.device, found: RunPlan) -> dict[str, Seconds]:
     """Of each part here: timed, or where that takes too long at the rate of matrix products."""
     import torch
 
@@ -98,7 +98,7 @@ def prices(config: Config, device: torch.device, found: Plan) -> dict[str, Secon
     return planner.at_rate(found.prices, rate)
 
 
-def show_time(config: Config, found: Plan, prices: Mapping[str, Seconds]) -> None:
+def show_time(config: Config, found: RunPlan, prices: Mapping[str, Seconds]) -> None:
     """Of an update and of the run."""
     from ..commands import planner
     from ..runs.progress import console
@@ -114,7 +114,7 @@ def show_time(config: Config, found: Plan, prices: Mapping[str, Seconds]) -> Non
     )
 
 
-def show(found: Plan, config: Config) -> None:
+def show(found: RunPlan, config: Config) -> None:
     """Two tables, and the options as they are typed."""
     from rich.table import Table
 

@@ -12,12 +12,12 @@ from ..evaluation import decoded, draw_paths
 from ..methods.build import build_kernel
 from ..prompts import load_prompts
 from ..rewards import NamedReward
-from ..rewards.check import Check, check_reward
+from ..rewards.check import RewardCheck, check_reward
 from ..runtime.distributed import process_state
 from .assemble import build_policy, build_reward
 
 
-def check(config: Config, samples: int) -> Check:
+def check(config: Config, samples: int) -> RewardCheck:
     """Check `experiment.reward_fn` on noise and on `samples` pictures of `pretrained.model`.
 
     Raises ConfigError when the reward, its weights, the prompts or the model are missing.

@@ -18,7 +18,7 @@ NAMES = ("prompts", "prompt")  # of the column, or the key, that holds the promp
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """One entry of a file: a prompt, and what stands beside it."""
 
     prompt: Any
@@ -54,23 +54,23 @@ def read_prompts(path: Path) -> PromptSet:
     return PromptSet(tuple(row.prompt.strip() for row in rows), about=told)
 
 
-def _from_text(text: str) -> Sequence[Row]:
-    return [Row(line, {}) for line in text.splitlines() if line.strip()]
+def _from_text(text: str) -> Sequence[Entry]:
+    return [Entry(line, {}) for line in text.splitlines() if line.strip()]
 
 
-def _from_json(text: str) -> Sequence[Row]:
+def _from_json(text: str) -> Sequence[Entry]:
     data = json.loads(text)
     return [_entry(item) for item in data] if isinstance(data, list) else []
 
 
-def _entry(item: Any) -> Row:
+def _entry(item: Any) -> Entry:
     if not isinstance(item, dict):
-        return Row(item, {})
+        return Entry(item, {})
     name = next((name for name in reversed(NAMES) if name in item), "")
-    return Row(item.get(name), {key: value for key, value in item.items() if key != name})
+    return Entry(item.get(name), {key: value for key, value in item.items() if key != name})
 
 
-def _from_csv(text: str) -> Sequence[Row]:
+def _from_csv(text: str) -> Sequence[Entry]:
     rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     if not rows:
         return []
@@ -80,14 +80,14 @@ def _from_csv(text: str) -> Sequence[Row]:
             column = header.index(name)
             others = [(i, cell.strip()) for i, cell in enumerate(rows[0]) if i != column]
             return [
-                Row(row[column], {key: row[i] for i, key in others if key and i < len(row)})
+                Entry(row[column], {key: row[i] for i, key in others if key and i < len(row)})
                 for row in rows[1:]
                 if len(row) > column
             ]
-    return [Row(row[0], {}) for row in rows]
+    return [Entry(row[0], {}) for row in rows]
 
 
-PARSERS: dict[str, Callable[[str], Sequence[Row]]] = {
+PARSERS: dict[str, Callable[[str], Sequence[Entry]]] = {
     ".txt": _from_text,
     ".json": _from_json,
     ".csv": _from_csv,

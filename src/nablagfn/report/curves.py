@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .canvas import BLUE, Plot, blank, svg_of
 from .figures import meaning, title
-from .read import Model, Row
+from .read import ModelRow, Row
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _curve(curve: Curve, rows: Sequence[Row]) -> Plot | None:
         return Plot(svg_of(canvas, curve.metric), curve.title, band, inner)
 
 
-def evaluated_curves(models: Sequence[Model], confidence: float) -> list[Plot]:
+def evaluated_curves(models: Sequence[ModelRow], confidence: float) -> list[Plot]:
     """Each figure of `nablagfn evaluate` over the checkpoints, with its interval."""
     keys = list(dict.fromkeys(key for model in models for key in model.figures))
     found = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..config import ConfigError
 from ..methods.registry import find_method
-from .read import Figure, Model, Record
+from .read import FigureRow, ModelRow, Record
 
 PERCENT = {"recognised"}
 HEADLINES = ("reward", "diversity", "recognised", "path_kl")  # the order of a report
@@ -49,8 +49,8 @@ class Outcome:
     that measured it, "" when nothing did.
     """
 
-    gain: Figure | None = None
-    kept: Figure | None = None
+    gain: FigureRow | None = None
+    kept: FigureRow | None = None
     recognised: float | None = None
     path_kl: float | None = None
     source: str = ""
@@ -67,7 +67,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """seconds: of training. evaluations: passes through the denoiser (main process)."""
 
     updates: int
@@ -127,7 +127,7 @@ def number(value: float | None, key: str = "") -> str:
     return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 100 else f"{value:,.0f}"
 
 
-def interval(figure: Figure, key: str = "") -> str:
+def interval(figure: FigureRow, key: str = "") -> str:
     """'low to high', or nothing where no interval is known."""
     if figure.low is None or figure.high is None:
         return ""
@@ -147,7 +147,7 @@ def deviation(record: Record) -> float | None:
     return before.reward_std or None if before else None
 
 
-def gain(record: Record, model: Model) -> Figure | None:
+def gain(record: Record, model: ModelRow) -> FigureRow | None:
     """Reward over the base model's, in standard deviations of its rewards."""
     base, std = record.models[0].figures.get("reward"), deviation(record)
     own = model.figures.get("reward")
@@ -156,7 +156,7 @@ def gain(record: Record, model: Model) -> Figure | None:
     return _each(own, lambda value: (value - base.value) / std)
 
 
-def kept(record: Record, model: Model) -> Figure | None:
+def kept(record: Record, model: ModelRow) -> FigureRow | None:
     """Diversity as a share of the base model's."""
     base, own = record.models[0].figures.get("diversity"), model.figures.get("diversity")
     if base is None or own is None or not base.value:
@@ -164,11 +164,11 @@ def kept(record: Record, model: Model) -> Figure | None:
     return _each(own, lambda value: value / base.value)
 
 
-def _each(figure: Figure, change: Callable[[float], float]) -> Figure:
+def _each(figure: FigureRow, change: Callable[[float], float]) -> FigureRow:
     def ends(value: float | None) -> float | None:
         return None if value is None else change(value)
 
-    return Figure(value=change(figure.value), low=ends(figure.low), high=ends(figure.high))
+    return FigureRow(value=change(figure.value), low=ends(figure.low), high=ends(figure.high))
 
 
 def outcome(record: Record) -> Outcome:
@@ -190,8 +190,8 @@ def outcome(record: Record) -> Outcome:
     known = before.recognised is not None and after.recognised is not None
     points = 100 * ((after.recognised or 0.0) - (before.recognised or 0.0)) if known else None
     return Outcome(
-        gain=Figure(value=(after.reward_mean - before.reward_mean) / (before.reward_std or 1.0)),
-        kept=Figure(value=after.diversity / before.diversity) if before.diversity else None,
+        gain=FigureRow(value=(after.reward_mean - before.reward_mean) / (before.reward_std or 1.0)),
+        kept=FigureRow(value=after.diversity / before.diversity) if before.diversity else None,
         recognised=points,
         path_kl=after.path_kl,
         source="nablagfn train",
@@ -244,10 +244,10 @@ def _trained_cards(record: Record) -> list[Card]:
     ]
 
 
-def cost(record: Record) -> Cost:
+def cost(record: Record) -> TrainingCost:
     """What the training took."""
     counted = [row["model_evals"] for row in record.rows if row.get("model_evals") is not None]
-    return Cost(
+    return TrainingCost(
         updates=record.updates,
         seconds=float(record.rows[-1].get("seconds") or 0.0) if record.rows else 0.0,
         evaluations=sum(counted) if counted else None,

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from .canvas import BLUE, GREY, Plot, blank, svg_of
-from .read import Figure
+from .read import FigureRow
 
 COLOURS = (
     *("#2456a6", "#d1495b", "#2a9d74", "#b8690f", "#7b4bb7", "#0c8599"),
@@ -24,14 +24,14 @@ KEPT = "diversity kept (% of the pretrained model's)"
 class Point:
     """A model in the plane of gain and diversity kept. label: written beside it."""
 
-    gain: Figure
-    kept: Figure
+    gain: FigureRow
+    kept: FigureRow
     label: str
     group: str = ""
     scale: float | None = None
 
 
-def _bars(figure: Figure, factor: float = 1.0) -> Any:
+def _bars(figure: FigureRow, factor: float = 1.0) -> Any:
     """Error bars of matplotlib for one point; None where no interval is known."""
     if figure.low is None or figure.high is None:
         return None

@@ -27,7 +27,7 @@ UNSHOWN = {"update", "steps", "count"}
 
 
 @dataclass(frozen=True)
-class Level:
+class LevelRow:
     """One quantity by noise level: values [levels, updates], NaN where nothing was seen."""
 
     key: str
@@ -56,11 +56,11 @@ def levels(rows: Sequence[Row]) -> list[Plot]:
             continue
         values = np.array(table, dtype=float).T
         if np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
-            found.append(_map(Level(key, [row["update"] for row in same], steps, values)))
+            found.append(_map(LevelRow(key, [row["update"] for row in same], steps, values)))
     return found
 
 
-def _map(level: Level) -> Plot:
+def _map(level: LevelRow) -> Plot:
     """Updates to the right, noise level upwards (the noisiest at the top)."""
     values, about = level.values, ""
     limits: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from ..config import ConfigError
-from .read import Sample, Sheet
+from .read import SampleRow, Sheet
 
 WIDTH, HEIGHT = 1600, 4000  # at most, in pixels
 QUALITY = 85  # of lossy WebP; small pictures are kept without loss
@@ -63,12 +63,12 @@ class ContactSheet:
     image: Image.Image
     sheet: Sheet
 
-    def same(self, sample: Sample) -> Sample | None:
+    def same(self, sample: SampleRow) -> SampleRow | None:
         """This sheet's sample from the same prompt and noise."""
         key = (sample.index, sample.prompt)
         return next((own for own in self.sheet.samples if (own.index, own.prompt) == key), None)
 
-    def cut(self, sample: Sample) -> Picture:
+    def cut(self, sample: SampleRow) -> Picture:
         """A sample's thumbnail. Raises ConfigError when the sheet is too small to hold it."""
         assert self.sheet.thumbnail is not None
         width, height = self.sheet.thumbnail

@@ -17,13 +17,13 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 
-class Part(BaseModel):
+class PartRecord(BaseModel):
     """A piece of a file; keys that the report does not show are allowed."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Measured(Part):
+class MeasuredRecord(PartRecord):
     """Before or after training: `Measurement` of evaluation.json."""
 
     num_samples: int
@@ -35,7 +35,7 @@ class Measured(Part):
     others: dict[str, float] = Field(default_factory=dict)
 
 
-class Figure(Part):
+class FigureRow(PartRecord):
     """A measured value with its interval, where one is known."""
 
     value: float
@@ -43,16 +43,16 @@ class Figure(Part):
     high: float | None = None
 
 
-class Model(Part):
+class ModelRow(PartRecord):
     """The pretrained model ("base", update 0) or a checkpoint, as `nablagfn evaluate` saw it."""
 
     name: str
     update: int
-    figures: dict[str, Figure]
+    figures: dict[str, FigureRow]
     prompts: dict[str, dict[str, float | None]] = Field(default_factory=dict)
 
 
-class EvaluationSettings(Part):
+class EvaluationSettings(PartRecord):
     """How they were evaluated."""
 
     prompts: list[str] = Field(default_factory=list)
@@ -63,44 +63,44 @@ class EvaluationSettings(Part):
     confidence: float = 0.95
 
 
-class Evaluated(Part):
+class EvaluatedRecord(PartRecord):
     """What `nablagfn evaluate` found: the base model first."""
 
     settings: EvaluationSettings = EvaluationSettings()
-    models: list[Model]
+    models: list[ModelRow]
 
 
-class Evaluation(Part):
+class EvaluationFile(PartRecord):
     """evaluation.json."""
 
-    before: Measured | None = None
-    after: Measured | None = None
+    before: MeasuredRecord | None = None
+    after: MeasuredRecord | None = None
     updates: int = 0
-    evaluated: Evaluated | None = None
+    evaluated: EvaluatedRecord | None = None
 
 
-class Event(Part):
+class Event(PartRecord):
     """Something the guard did."""
 
     update: int
     text: str
 
 
-class Best(Part):
+class Best(PartRecord):
     """The guard's best checkpoint."""
 
     checkpoint: str
     update: int
 
 
-class Guarded(Part):
+class Guarded(PartRecord):
     """guard.json."""
 
     best: Best | None = None
     events: list[Event] = Field(default_factory=list)
 
 
-class Sample(Part):
+class SampleRow(PartRecord):
     """One picture of evaluation/NAME/."""
 
     index: int
@@ -108,13 +108,13 @@ class Sample(Part):
     rewards: dict[str, float]
 
 
-class Sheet(Part):
+class Sheet(PartRecord):
     """evaluation/NAME/samples.json: what is where in pictures.png. thumbnail: width, height."""
 
     columns: int = Field(gt=0)
     thumbnail: tuple[int, int] | None = None
     gap: int = 0
-    samples: list[Sample]
+    samples: list[SampleRow]
 
 
 class Versions(RootModel[dict[str, str]]):
@@ -152,7 +152,7 @@ class Record:
     config: Config
     rows: list[Row]
     diagnostics: list[Row]
-    evaluation: Evaluation
+    evaluation: EvaluationFile
     guard: Guarded
     versions: dict[str, str]
     prompts: tuple[str, ...]
@@ -162,7 +162,7 @@ class Record:
         return self.folder.path.resolve().name
 
     @property
-    def models(self) -> list[Model]:
+    def models(self) -> list[ModelRow]:
         """Evaluated models, the pretrained one first; empty without finetuned ones."""
         found = self.evaluation.evaluated.models if self.evaluation.evaluated else []
         return found if len(found) > 1 and found[0].update == 0 else []
@@ -177,7 +177,7 @@ class Record:
         return self.folder.result_checkpoint()
 
     @property
-    def final(self) -> Model | None:
+    def final(self) -> ModelRow | None:
         """The evaluated model that the run stands for: its result, else the last evaluated."""
         found = [model for model in self.models if model.name == self.result] or self.models[-1:]
         return found[0] if found else None
@@ -223,7 +223,7 @@ def read(folder: RunFolder) -> Record:
     """Raises ConfigError when this is no run folder, or one of its files is damaged."""
 
     config = folder.config()
-    evaluation = checked(folder, "evaluation.json", Evaluation.model_validate, folder.read_json)
+    evaluation = checked(folder, "evaluation.json", EvaluationFile.model_validate, folder.read_json)
     guard = checked(folder, GUARD, Guarded.model_validate, folder.read_json)
     versions = checked(folder, "versions.json", Versions.model_validate, folder.read_json)
     prompts = checked(folder, "prompts.json", Prompts.model_validate, folder.read_json)
@@ -232,7 +232,7 @@ def read(folder: RunFolder) -> Record:
         config=config,
         rows=checked(folder, METRICS, _rows_of(LogRow), folder.rows) or [],
         diagnostics=checked(folder, DIAGNOSTICS, _rows_of(StepRow), folder.rows) or [],
-        evaluation=evaluation or Evaluation(),
+        evaluation=evaluation or EvaluationFile(),
         guard=guard or Guarded(),
         versions=(versions or Versions({})).root,
         prompts=tuple(prompts.root if prompts else ()),

@@ -44,7 +44,7 @@ class Compared:
     scale: str
     reward: str
     outcome: figures.Outcome
-    cost: figures.Cost
+    cost: figures.TrainingCost
     picture: Picture | None
 
 

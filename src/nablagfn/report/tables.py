@@ -9,14 +9,14 @@ from typing import Any
 from ..config import Config, flatten
 from .figures import is_headline, number, place, title
 from .pictures import ContactSheet, Picture, load
-from .read import Record, Sample
+from .read import Record, SampleRow
 
 SHOWN = 6  # best and worst samples
 PLACES = ("saving.", "logging.")  # where and how often is written: no part of a method
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingRow:
     """An option; changed: differs from its default."""
 
     key: str
@@ -51,10 +51,10 @@ class Extremes:
     worst: list[Shown]
 
 
-def settings(config: Config) -> list[Setting]:
+def settings(config: Config) -> list[SettingRow]:
     """Every option, in the order of the config."""
     defaults = flatten(Config())
-    return [Setting(k, text(v), v != defaults[k]) for k, v in flatten(config).items()]
+    return [SettingRow(k, text(v), v != defaults[k]) for k, v in flatten(config).items()]
 
 
 def text(value: Any) -> str:
@@ -124,7 +124,9 @@ def extremes(record: Record) -> Extremes | None:
     )
 
 
-def _shown(sample: Sample, after: ContactSheet, before: ContactSheet | None, reward: str) -> Shown:
+def _shown(
+    sample: SampleRow, after: ContactSheet, before: ContactSheet | None, reward: str
+) -> Shown:
     """A sample beside that of the base model with the same prompt and noise."""
     was = before.same(sample) if before else None
     return Shown(

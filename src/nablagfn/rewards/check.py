@@ -31,7 +31,7 @@ SAME = 1e-3  # of the scores' spread: rounding of other batch shapes
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One line of the table."""
 
     name: str
@@ -41,17 +41,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Check:
+class RewardCheck:
     """What was found about a reward. usable: nothing failed."""
 
     reward: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
 
     @property
     def usable(self) -> bool:
         return all(row.verdict != FAIL for row in self.rows)
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> CheckRow:
         """The line called `name`. Raises KeyError."""
         return {row.name: row for row in self.rows}[name]
 
@@ -67,7 +67,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Checked:
     """The reward with pictures [B, 3, H, W] to try it on, B >= 2, and a prompt for each."""
 
     reward: NamedReward
@@ -115,7 +115,7 @@ def check_reward(
     *,
     latent_gradient: Tensor | None = None,
     device: torch.device | str = "cpu",
-) -> Check:
+) -> RewardCheck:
     """Try a reward on noise and on `samples` [B, 3, H, W] in [0, 1] of the base model (optional),
     drawn for `prompts`.
 
@@ -124,20 +124,20 @@ def check_reward(
     device = samples.device if samples is not None else torch.device(device)
     height, width = (SIZE, SIZE) if samples is None else samples.shape[-2:]
     images = noise(len(PROMPTS), height, width, device)
-    subject = Subject(reward, images, PROMPTS)
+    subject = Checked(reward, images, PROMPTS)
     fatal = signature(reward) or runs(subject)
     if fatal:
-        return Check(reward.name, (fatal,))
+        return RewardCheck(reward.name, (fatal,))
     base = None if samples is None else subject.values(samples, list(prompts))
     rows = [*values(subject), *gradients(subject), *sizes(subject, base)]
     rows += scale(subject, base, latent_gradient)
-    return Check(reward.name, tuple(rows))
+    return RewardCheck(reward.name, tuple(rows))
 
 
 # -------------------------------------------------------------------------------- can it be called
 
 
-def signature(reward: NamedReward) -> Row | None:
+def signature(reward: NamedReward) -> CheckRow | None:
     """A row when its parameters are named like ours and stand in another order."""
     try:
         names = list(inspect.signature(reward.function).parameters)
@@ -149,8 +149,8 @@ def signature(reward: NamedReward) -> Row | None:
     return _swapped(names)
 
 
-def _swapped(order: Sequence[str]) -> Row:
-    return Row(
+def _swapped(order: Sequence[str]) -> CheckRow:
+    return CheckRow(
         "call",
         FAIL,
         f"swapped arguments: it takes ({', '.join(order)})",
@@ -158,7 +158,7 @@ def _swapped(order: Sequence[str]) -> Row:
     )
 
 
-def runs(subject: Subject) -> Row | None:
+def runs(subject: Checked) -> CheckRow | None:
     """A row when a call fails or gives no score per picture."""
     try:
         subject.values(subject.images)
@@ -167,11 +167,11 @@ def runs(subject: Subject) -> Row | None:
         if order:
             return _swapped(order)
         text = " ".join(str(error).split()) or type(error).__name__
-        return Row("call", FAIL, f"{type(error).__name__}: {text[:200]}")
+        return CheckRow("call", FAIL, f"{type(error).__name__}: {text[:200]}")
     return None
 
 
-def works_in_order(subject: Subject) -> tuple[str, ...] | None:
+def works_in_order(subject: Checked) -> tuple[str, ...] | None:
     """Another order of the three arguments in which it gives a score per picture."""
     count = len(subject.images)
     arguments: dict[str, Any] = dict(
@@ -190,7 +190,7 @@ def works_in_order(subject: Subject) -> tuple[str, ...] | None:
 # -------------------------------------------------------------------------------- values
 
 
-def values(subject: Subject) -> Iterator[Row]:
+def values(subject: Checked) -> Iterator[CheckRow]:
     """Finite, varying, repeatable, independent of the batch, sensitive to the prompt?"""
     images, prompts = subject.images, subject.prompts
     score = subject.values(images)
@@ -200,7 +200,7 @@ def values(subject: Subject) -> Iterator[Row]:
     spread = max(float(score.std()), 1e-3 * float(score.abs().max()), 1e-12)
     unlike = subject.values(1 - images)
     if torch.equal(score, unlike) and float(score.std()) <= 1e-7 * float(score.abs().max()):
-        yield Row("varies", FAIL, "constant: the same score for every picture")
+        yield CheckRow("varies", FAIL, "constant: the same score for every picture")
         return
     yield _same("repeatable", subject.values(images), score, spread, "switch off dropout: eval()")
     alone = torch.cat([subject.values(images[i : i + 1], [p]) for i, p in enumerate(prompts)])
@@ -211,31 +211,31 @@ def values(subject: Subject) -> Iterator[Row]:
     moved = float((subject.values(images, prompts[1:] + prompts[:1]) - score).abs().max())
     sensitive = moved > SAME * spread
     figure = f"{moved:.3g} for other prompts" if sensitive else "ignores the prompt"
-    yield Row("prompt", INFO, figure)
+    yield CheckRow("prompt", INFO, figure)
 
 
-def finite(name: str, found: Tensor) -> Row:
+def finite(name: str, found: Tensor) -> CheckRow:
     """Whether all numbers are finite."""
     good = float(found.isfinite().float().mean())
     if good == 1:
-        return Row(name, OK, "finite")
-    return Row(name, FAIL, f"NaN or infinite: {1 - good:.0%} of the {name}")
+        return CheckRow(name, OK, "finite")
+    return CheckRow(name, FAIL, f"NaN or infinite: {1 - good:.0%} of the {name}")
 
 
-def _same(name: str, found: Tensor, known: Tensor, spread: float, advice: str) -> Row:
+def _same(name: str, found: Tensor, known: Tensor, spread: float, advice: str) -> CheckRow:
     apart = float((found - known).abs().max()) / spread
     if apart <= SAME:
-        return Row(name, OK, f"to {apart:.1g} of the spread")
-    return Row(name, FAIL, f"differs by {apart:.2g} of the spread", advice)
+        return CheckRow(name, OK, f"to {apart:.1g} of the spread")
+    return CheckRow(name, FAIL, f"differs by {apart:.2g} of the spread", advice)
 
 
 # -------------------------------------------------------------------------------- gradients
 
 
-def gradients(subject: Subject) -> Iterator[Row]:
+def gradients(subject: Checked) -> Iterator[CheckRow]:
     """Does the gradient reach the pixels, is it finite, right, and there outside of [0, 1]?"""
     if not subject.reward.differentiable:
-        yield Row("gradient", INFO, "values only", "for methods that need no gradient")
+        yield CheckRow("gradient", INFO, "values only", "for methods that need no gradient")
         return
     if not bool(subject.values(subject.images).isfinite().all()):
         return
@@ -244,31 +244,31 @@ def gradients(subject: Subject) -> Iterator[Row]:
         yield no_gradient(subject, found)
         return
     reached = float((found.abs().amax(1) > 0).float().mean())
-    yield Row("gradient", OK, f"finite, at {reached:.0%} of the pixels")
+    yield CheckRow("gradient", OK, f"finite, at {reached:.0%} of the pixels")
     yield finite_differences(subject, found)
     yield outside(subject)
     yield half_precision(subject, found)
 
 
-def no_gradient(subject: Subject, found: Tensor | None) -> Row:
+def no_gradient(subject: Checked, found: Tensor | None) -> CheckRow:
     """Why there is no gradient to use: NaN, rounding to 8 bits, a constant, or a detached graph."""
     if found is not None and not bool(found.isfinite().all()):
         return finite("gradient", found)
     images = subject.images
     score = subject.values(images)
     if torch.equal(score, subject.values(1 - images)):
-        return Row("gradient", FAIL, "zero: the score is constant")
+        return CheckRow("gradient", FAIL, "zero: the score is constant")
     # a quarter step above an 8-bit level: a tenth of a step crosses no border, however one rounds
     level = ((images * 255).floor() + 0.25) / 255
     nudge = 0.1 / 255 * torch.where(images > images.mean(), 1.0, -1.0)
     if torch.equal(subject.values(level), subject.values(level + nudge)):
-        return Row(
+        return CheckRow(
             "gradient",
             FAIL,
             "rounded: small changes of pixels change nothing",
             "keep pixels as floats: no uint8, byte(), round() or PIL",
         )
-    return Row(
+    return CheckRow(
         "gradient",
         FAIL,
         "detached: the score follows the pixels, its graph does not",
@@ -276,7 +276,7 @@ def no_gradient(subject: Subject, found: Tensor | None) -> Row:
     )
 
 
-def finite_differences(subject: Subject, gradient: Tensor) -> Row:
+def finite_differences(subject: Checked, gradient: Tensor) -> CheckRow:
     """Central differences along the gradient, at the best of a few step sizes."""
     length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, 1, 1, 1)
     unit = gradient / length
@@ -290,45 +290,47 @@ def finite_differences(subject: Subject, gradient: Tensor) -> Row:
     best = min(errors)
     verdict = OK if best <= AGREES else WARN if best <= DISAGREES else FAIL
     advice = "" if verdict == OK else "its gradient is not that of its values, or values are rough"
-    return Row("finite differences", verdict, f"relative error {best:.1g}", advice)
+    return CheckRow("finite differences", verdict, f"relative error {best:.1g}", advice)
 
 
-def outside(subject: Subject) -> Row:
+def outside(subject: Checked) -> CheckRow:
     """Whether pixels outside of [0, 1] still have a gradient: a decoder overshoots."""
     stretched = (subject.images - 0.5) * 1.6 + 0.5
     beyond = (stretched < 0) | (stretched > 1)
     found = subject.gradient(stretched)
     if found is None or not bool(beyond.any()):
-        return Row("outside [0, 1]", INFO, "not measured")
+        return CheckRow("outside [0, 1]", INFO, "not measured")
     inside = (found[~beyond] != 0).float().mean()
     there = (found[beyond] != 0).float().mean()
     if float(there) < 0.5 * float(inside):
-        return Row(
+        return CheckRow(
             "outside [0, 1]",
             WARN,
             f"gradient at {float(there):.0%} of such pixels",
             "it clamps its input: remove the clamp, pixels there would never come back",
         )
-    return Row("outside [0, 1]", OK, f"gradient at {float(there):.0%} of such pixels")
+    return CheckRow("outside [0, 1]", OK, f"gradient at {float(there):.0%} of such pixels")
 
 
-def half_precision(subject: Subject, gradient: Tensor) -> Row:
+def half_precision(subject: Checked, gradient: Tensor) -> CheckRow:
     """What bfloat16 inside would cost; rewards run in float32."""
     images = subject.images
     with torch.no_grad():
         value = subject.reward(images, subject.prompts, _empty(len(images)))
     if value.dtype not in (torch.float32, torch.float64):
-        return Row("precision", WARN, f"scores are {value.dtype}", "compute in float32")
+        return CheckRow("precision", WARN, f"scores are {value.dtype}", "compute in float32")
     try:
         with torch.autocast(images.device.type, torch.bfloat16):
             rough = subject.gradient(images)
             apart = (subject.values(images) - value).abs().max() / value.std().clamp(min=1e-12)
     except Exception as error:  # some operators have no bfloat16 version
-        return Row("precision", INFO, f"float32; bfloat16 not measured ({type(error).__name__})")
+        return CheckRow(
+            "precision", INFO, f"float32; bfloat16 not measured ({type(error).__name__})"
+        )
     if rough is None:
-        return Row("precision", INFO, "float32; bfloat16 not measured")
+        return CheckRow("precision", INFO, "float32; bfloat16 not measured")
     cosine = F.cosine_similarity(rough.flatten(1), gradient.flatten(1)).min()
-    return Row(
+    return CheckRow(
         "precision",
         INFO,
         f"float32; in bfloat16 scores move by {float(apart):.1g} of their spread, gradient cosine "
@@ -345,28 +347,34 @@ def describe(found: Tensor) -> str:
     return f"{float(found.mean()):.4g} ± {float(found.std()):.3g}, {low:.4g} … {high:.4g}"
 
 
-def sizes(subject: Subject, base: Tensor | None) -> Iterator[Row]:
+def sizes(subject: Checked, base: Tensor | None) -> Iterator[CheckRow]:
     """Range on noise and on samples; does noise score higher than samples?"""
     score = subject.values(subject.images)
     if not bool(score.isfinite().all()):
         return
-    yield Row("on noise", INFO, describe(score))
+    yield CheckRow("on noise", INFO, describe(score))
     if base is None:
-        yield Row("on samples", INFO, "none given", "name a model: --config.pretrained.model=…")
+        yield CheckRow(
+            "on samples", INFO, "none given", "name a model: --config.pretrained.model=…"
+        )
         return
     if not bool(base.isfinite().all()):
         yield finite("on samples", base)
         return
-    yield Row("on samples", INFO, describe(base))
+    yield CheckRow("on samples", INFO, describe(base))
     gap = float(base.mean() - score.mean())
     name = subject.reward.name
     if gap < -2 * float(base.std()):
-        yield Row("sign", WARN, "noise scores higher than samples", f"to minimise it: '-{name}'")
+        yield CheckRow(
+            "sign", WARN, "noise scores higher than samples", f"to minimise it: '-{name}'"
+        )
     else:
-        yield Row("sign", INFO, f"samples score {gap:+.3g} against noise")
+        yield CheckRow("sign", INFO, f"samples score {gap:+.3g} against noise")
 
 
-def scale(subject: Subject, base: Tensor | None, latent_gradient: Tensor | None) -> Iterator[Row]:
+def scale(
+    subject: Checked, base: Tensor | None, latent_gradient: Tensor | None
+) -> Iterator[CheckRow]:
     """Where to start with model.reward_scale.
 
     1/rms of the gradient: there β∇r is as large as the score of a unit Gaussian, which clean
@@ -381,9 +389,9 @@ def scale(subject: Subject, base: Tensor | None, latent_gradient: Tensor | None)
         name = subject.reward.name
         normalise = f"{name}={float(base.mean()):.4g}/{float(base.std()):.3g}"
         if " " not in name:  # of a sum, each component would have its own
-            yield Row("normalise", INFO, f"--config.reward.normalise={normalise}")
+            yield CheckRow("normalise", INFO, f"--config.reward.normalise={normalise}")
     if advice:
-        yield Row(
+        yield CheckRow(
             "reward_scale",
             INFO,
             "; ".join(advice),

@@ -13,40 +13,40 @@ from ...config import Config, ConfigError
 from ...runtime.backoff import SAVE_MEMORY
 from . import machine, parts
 from .compiled import compiled
-from .records import Check, Finding, Patient, Row
+from .records import Exam, Finding, Line, Patient
 
 CHECKS = (
-    Check("versions", machine.versions),
-    Check("device", machine.devices),
-    Check("disk", machine.disk),
-    Check("hub", machine.hub),
-    Check("W&B", machine.wandb),
-    Check("batches", parts.batches),
-    Check("prompts", parts.prompts),
-    Check("reward", parts.reward),
-    Check("model", parts.model),
-    Check("memory", machine.memory, needs=("model", "reward")),
-    Check("denoiser and adapter", parts.denoiser, needs=("model", "prompts", "batches")),
-    Check("decoder", parts.decoder, needs=("model",)),
-    Check("reward's gradient", parts.gradient, needs=("model", "reward", "prompts")),
-    Check("flow network", parts.flow, needs=("model", "prompts")),
-    Check("compiled step", compiled, needs=("device", "batches", "prompts", "reward", "model")),
+    Exam("versions", machine.versions),
+    Exam("device", machine.devices),
+    Exam("disk", machine.disk),
+    Exam("hub", machine.hub),
+    Exam("W&B", machine.wandb),
+    Exam("batches", parts.batches),
+    Exam("prompts", parts.prompts),
+    Exam("reward", parts.reward),
+    Exam("model", parts.model),
+    Exam("memory", machine.memory, needs=("model", "reward")),
+    Exam("denoiser and adapter", parts.denoiser, needs=("model", "prompts", "batches")),
+    Exam("decoder", parts.decoder, needs=("model",)),
+    Exam("reward's gradient", parts.gradient, needs=("model", "reward", "prompts")),
+    Exam("flow network", parts.flow, needs=("model", "prompts")),
+    Exam("compiled step", compiled, needs=("device", "batches", "prompts", "reward", "model")),
 )
 
 
 def examine(
-    config: Config, device: torch.device, checks: Sequence[Check] = CHECKS
-) -> Iterator[Row]:
+    config: Config, device: torch.device, checks: Sequence[Exam] = CHECKS
+) -> Iterator[Line]:
     """Every check in order, as it is done; one that needs what failed is skipped."""
-    patient, rows = Patient(config, device), dict[str, Row]()
+    patient, rows = Patient(config, device), dict[str, Line]()
     for check in checks:
         lacking = [n for n in check.needs if rows[n].finding.status in ("failure", "skipped")]
         finding = Finding("skipped", f"needs: {', '.join(lacking)}")
-        rows[check.name] = Row(check.name, finding if lacking else _run(check, patient))
+        rows[check.name] = Line(check.name, finding if lacking else _run(check, patient))
         yield rows[check.name]
 
 
-def _run(check: Check, patient: Patient) -> Finding:
+def _run(check: Exam, patient: Patient) -> Finding:
     try:
         return check.run(patient)
     except ConfigError as error:  # says what to do
@@ -57,4 +57,4 @@ def _run(check: Check, patient: Patient) -> Finding:
         return Finding("failure", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-__all__ = ["CHECKS", "Check", "Finding", "Patient", "Row", "examine"]
+__all__ = ["CHECKS", "Exam", "Finding", "Patient", "Line", "examine"]

@@ -29,7 +29,7 @@ def compiled(patient: Patient) -> Finding:
     if find_family(patient.config).skeleton is None:
         return Finding("ok", "not used: a world is not compiled")
     fix = f"leave {_switches(patient.config.speed)} out"
-    step = Step(patient)
+    step = TrainingStep(patient)
     with _moved(patient.policy.parameters()):
         with torch.compiler.set_stance("force_eager"):
             plain = {name: run() for name, run in step.passes.items()}
@@ -54,7 +54,7 @@ def compiled(patient: Patient) -> Finding:
     return Finding("ok", text)
 
 
-class Step:
+class TrainingStep:
     """The passes a training step is made of, on ROWS rows. Each gives its values and gradients."""
 
     def __init__(self, patient: Patient) -> None:

@@ -52,7 +52,7 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class Check:
+class Exam:
     """needs: names of checks without which this one is skipped when they fail."""
 
     name: str
@@ -61,7 +61,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
     """One line of the table."""
 
     name: str

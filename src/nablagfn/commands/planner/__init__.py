@@ -11,10 +11,10 @@ method's record.
 Passes are counted in a world (`work`); what one takes is timed here or given (`seconds`).
 """
 
-from .parts import Parts, measure
+from .parts import Costs, measure
 from .plan import (
     CONTEXT,
-    Plan,
+    RunPlan,
     Setting,
     choose,
     free_memory,
@@ -29,9 +29,9 @@ from .work import Passes, Work, measuring_passes, total, update_passes, work_of
 
 __all__ = [
     "CONTEXT",
-    "Parts",
+    "Costs",
     "Passes",
-    "Plan",
+    "RunPlan",
     "Seconds",
     "Setting",
     "Work",

@@ -32,7 +32,7 @@ NOTHING = Cost(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Parts:
+class Costs:
     """A run's model in numbers. fixed: bytes by what they are. The costs are those of one row, a
     guided evaluation counting as one; `_checkpointed` with gradient checkpointing, `_free` without
     gradient. sample: bytes of one x. visiting: of the reward's weights, if they are there while it
@@ -61,7 +61,7 @@ class Parts:
         }
 
 
-def measure(config: Config, device: torch.device) -> Parts:
+def measure(config: Config, device: torch.device) -> Costs:
     """Counted for `config` on a device like this one.
 
     Raises ConfigError when the model's configuration or the reward cannot be had.
@@ -130,7 +130,7 @@ class _PassedBy(nn.Module):
 
 
 @dataclass(frozen=True)
-class Pass:
+class Runnable:
     """Something to run forward and, where `gradient`, back from its result.
 
     known: the weights and inputs that it uses.
@@ -154,10 +154,10 @@ class Subject:
     flow: nn.Module
     reward: NamedReward
 
-    def parts(self, fixed: Mapping[str, float]) -> Parts:
+    def parts(self, fixed: Mapping[str, float]) -> Costs:
         with self.checkpointing(True):
             checkpointed = self._cost(self.eps)
-        return Parts(
+        return Costs(
             fixed=fixed,
             eps=self._cost(self.eps),
             eps_checkpointed=checkpointed,
@@ -170,7 +170,7 @@ class Subject:
             sample=size_of([self.x(1)]),
         )
 
-    def _cost(self, make: Callable[[int, bool], Pass], gradient: bool = True) -> Cost:
+    def _cost(self, make: Callable[[int, bool], Runnable], gradient: bool = True) -> Cost:
         """Of one row."""
         if make == self.score and not self.reward.differentiable:
             return NOTHING  # a black box may need true pictures
@@ -194,7 +194,7 @@ class Subject:
         blank = self.policy.model.blank(rows)
         return {name: value.to(dtype) for name, value in blank.items()}
 
-    def eps(self, rows: int, gradient: bool) -> Pass:
+    def eps(self, rows: int, gradient: bool) -> Runnable:
         policy, copies = self.policy, 1 if self.policy.guidance_scale == 1.0 else 2
         x = self.x(rows).requires_grad_(gradient)
         time = torch.zeros(copies * rows, dtype=torch.long)
@@ -204,7 +204,7 @@ class Subject:
             seen = torch.cat([x] * copies).to(policy.dtype)
             return policy.model.call(policy.network, seen, time, given).float()
 
-        return Pass(run, [*tensors_of([policy.network]), x, time, *given.values()], gradient)
+        return Runnable(run, [*tensors_of([policy.network]), x, time, *given.values()], gradient)
 
     @contextlib.contextmanager
     def checkpointing(self, on: bool) -> Iterator[None]:
@@ -219,12 +219,12 @@ class Subject:
             unet.disable_gradient_checkpointing()
             unet.eval()
 
-    def decode(self, rows: int, gradient: bool) -> Pass:
+    def decode(self, rows: int, gradient: bool) -> Runnable:
         x = self.x(rows).requires_grad_(gradient)
         run = functools.partial(self.policy.decode, x)
-        return Pass(run, [*tensors_of([self.policy.vae]), x], gradient)
+        return Runnable(run, [*tensors_of([self.policy.vae]), x], gradient)
 
-    def score(self, rows: int, gradient: bool) -> Pass:
+    def score(self, rows: int, gradient: bool) -> Runnable:
         """Of pictures; a black box has no way back."""
         gradient = gradient and self.reward.differentiable
         with torch.no_grad():
@@ -240,13 +240,13 @@ class Subject:
                     f"pictures ({error}): plan with a built-in reward of its size"
                 ) from None
 
-        return Pass(run, [*tensors_of(modules_of(self.reward)), images], gradient)
+        return Runnable(run, [*tensors_of(modules_of(self.reward)), images], gradient)
 
-    def guess(self, rows: int, gradient: bool) -> Pass:
+    def guess(self, rows: int, gradient: bool) -> Runnable:
         x, given, time = self.x(rows), self.given(rows), torch.zeros(rows, dtype=torch.long)
         where = Condition((PROMPT,) * rows, ({},) * rows, given)
         run = functools.partial(self.flow, x, time, where)
-        return Pass(run, [*tensors_of([self.flow]), x, *given.values(), time], gradient)
+        return Runnable(run, [*tensors_of([self.flow]), x, *given.values(), time], gradient)
 
 
 def _fixed(config: Config, subject: Subject) -> dict[str, float]:

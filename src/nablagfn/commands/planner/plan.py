@@ -14,7 +14,7 @@ import torch
 from ...config import Config, ConfigError, flatten
 from ...methods.registry import find_method
 from ...runtime.costs import Cost
-from .parts import NOTHING, Parts, measure
+from .parts import NOTHING, Costs, measure
 from .work import Passes, Price, Work, total, update_passes, work_of
 
 CONTEXT = 0.6e9  # bytes of a CUDA context and its libraries; assumed, not measured
@@ -32,7 +32,7 @@ class Setting:
     sampling_batch: int
 
 
-def moments(config: Config, parts: Parts, work: Work, setting: Setting) -> dict[str, float]:
+def moments(config: Config, parts: Costs, work: Work, setting: Setting) -> dict[str, float]:
     """Bytes beside the fixed ones at each moment of an epoch."""
     s, t, p = config.sampling, config.training, parts
     paths = s.batch_size * s.num_batches_per_epoch
@@ -52,7 +52,7 @@ def moments(config: Config, parts: Parts, work: Work, setting: Setting) -> dict[
     return found
 
 
-def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
+def _update(config: Config, parts: Costs, setting: Setting) -> dict[str, float]:
     """Bytes of graphs and of what passes, of one micro-batch."""
     p, rows = parts, setting.micro_batch
     eps = p.eps_checkpointed if setting.gradient_checkpointing else p.eps
@@ -74,7 +74,7 @@ def _update(config: Config, parts: Parts, setting: Setting) -> dict[str, float]:
     return {"reward's gradient": kept, **found}
 
 
-def _on_the_way_back(p: Parts, eps: Cost, rows: int) -> float:
+def _on_the_way_back(p: Costs, eps: Cost, rows: int) -> float:
     """Bytes of the reward and of what passes, beside the graphs of U-Net and decoder."""
     others = max(eps.passing, p.decode.passing)
     if p.visiting:  # it is differentiated and gone before the way back
@@ -83,7 +83,7 @@ def _on_the_way_back(p: Parts, eps: Cost, rows: int) -> float:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """setting: None when nothing fits; then the figures are those of the smallest setting.
 
     passes: of one update and process, by part. prices: FLOPs of one pass of each.
@@ -145,14 +145,14 @@ def parse_memory(text: str) -> float:
     return float(found[1]) * units[found[2]]
 
 
-def plan(config: Config, memory: float, device: torch.device) -> Plan:
+def plan(config: Config, memory: float, device: torch.device) -> RunPlan:
     """The settings for `memory` bytes of a device like this one. Raises ConfigError like
     `measure`."""
     usable = memory - (CONTEXT if device.type == "cuda" else 0.0)
     return choose(config, measure(config, device), work_of(config), usable)
 
 
-def choose(config: Config, parts: Parts, work: Work, usable: float) -> Plan:
+def choose(config: Config, parts: Costs, work: Work, usable: float) -> RunPlan:
     """The settings for `usable` bytes at the effective batch of `config`.
 
     Of three ways to save, in the order of the work that they add, the first that leaves room for
@@ -174,15 +174,15 @@ def setting_of(config: Config) -> Setting:
     return Setting(rows, t.gradient_checkpointing, t.vae_slice, config.sampling.batch_size)
 
 
-def predict(config: Config, device: torch.device) -> Plan:
+def predict(config: Config, device: torch.device) -> RunPlan:
     """The run as `config` has it. Raises ConfigError like `measure`."""
     return _planned(config, measure(config, device), work_of(config), math.inf, setting_of(config))
 
 
-def _planned(config: Config, parts: Parts, work: Work, usable: float, setting: Setting) -> Plan:
+def _planned(config: Config, parts: Costs, work: Work, usable: float, setting: Setting) -> RunPlan:
     found = moments(config, parts, work, setting)
     prices = parts.prices(checkpointing=setting.gradient_checkpointing)
-    return Plan(setting, usable, parts.fixed, found, update_passes(config, work), prices)
+    return RunPlan(setting, usable, parts.fixed, found, update_passes(config, work), prices)
 
 
 def _rows(config: Config, work: Work) -> int:
@@ -191,13 +191,13 @@ def _rows(config: Config, work: Work) -> int:
     return round(t.batch_size * t.gradient_accumulation_steps * work.transitions)
 
 
-def _largest(config: Config, parts: Parts, work: Work, usable: float, way: Setting) -> Plan:
+def _largest(config: Config, parts: Costs, work: Work, usable: float, way: Setting) -> RunPlan:
     """The largest micro-batch and sampling batch that fit, saving as `way` does."""
     s, rows = config.sampling, _rows(config, work)
     splits = sorted({math.ceil(rows / n) for n in range(1, rows + 1)}, reverse=True)
     batches = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
 
-    def tried(micro: int, batch: int) -> Plan:
+    def tried(micro: int, batch: int) -> RunPlan:
         setting = replace(way, micro_batch=micro, sampling_batch=batch)
         return _planned(config, parts, work, usable, setting)
 

@@ -11,8 +11,8 @@ import torch
 
 from ...config import Config, ConfigError
 from ...runtime.distributed import weight_dtype
-from .parts import Pass, build_subject
-from .plan import Plan
+from .parts import Runnable, build_subject
+from .plan import RunPlan
 from .work import Price
 
 ROWS = 40  # at most, of a pass that is timed
@@ -63,14 +63,14 @@ def synchronise(where: torch.device) -> None:
         torch.cuda.synchronize(where)
 
 
-def too_long(found: Plan, rate: float) -> bool:
+def too_long(found: RunPlan, rate: float) -> bool:
     """Whether timing the parts on a device of this rate would try anyone's patience."""
     once = at_rate(found.prices, rate).values()
     rows = max(_rows(found).values())
     return REPEATS * rows * sum(s.forward + s.backward for s in once) > PATIENCE
 
 
-def _rows(found: Plan) -> dict[str, int]:
+def _rows(found: RunPlan) -> dict[str, int]:
     """As many at a time as the run takes: what a row costs depends on it."""
     s = found.setting
     if s is None:
@@ -81,7 +81,7 @@ def _rows(found: Plan) -> dict[str, int]:
 
 
 def timed(
-    config: Config, device: torch.device, found: Plan, clock: Clock = time.perf_counter
+    config: Config, device: torch.device, found: RunPlan, clock: Clock = time.perf_counter
 ) -> dict[str, Seconds]:
     """Each part run on this device with random weights, some rows at a time, at its best.
 
@@ -90,7 +90,7 @@ def timed(
     rows, setting = _rows(found), found.setting
     checkpointing = setting is not None and setting.gradient_checkpointing
 
-    def of(part: str, make: Callable[[int, bool], Pass], gradient: bool = True) -> Seconds:
+    def of(part: str, make: Callable[[int, bool], Runnable], gradient: bool = True) -> Seconds:
         with torch.set_grad_enabled(gradient):
             best = _best(make(rows[part], gradient), device, clock)
         return Seconds(best.forward / rows[part], best.backward / rows[part])
@@ -108,7 +108,7 @@ def timed(
         }
 
 
-def _best(made: Pass, device: torch.device, clock: Clock) -> Seconds:
+def _best(made: Runnable, device: torch.device, clock: Clock) -> Seconds:
     """The least of some repetitions; the first of which is a warm-up, unless it is the only one."""
     found: list[Seconds] = []
     until = time.perf_counter() + BUDGET
