@@ -60,7 +60,6 @@ def at(paths: Trajectories, step: int) -> Transitions:
         output_old=paths.output[:, step],
         step=torch.full((ROWS,), step),
         condition=paths.condition,
-        signals={},
     )
 
 
@@ -103,8 +102,8 @@ def gradients(policy: StableDiffusionPolicy, paths: Trajectories, beta: float) -
         here = objective.evaluate(batch)
         lora, halvings = lora_gradient(policy, objective.losses(batch).total().sum() / ROWS)
         found[place] = {
-            "guess": (here.ahead["guess"], 0),
-            "score": (here.ahead["score_ref"], 0),
+            "guess": (here.ahead.guess, 0),
+            "score": (here.ahead.score_ref, 0),
             "target": (estimator.reverse_target(here), 0),
             "adjoint": (lean[step][0], 0),
             "its U-Net's part": (lean[step][1], 0),

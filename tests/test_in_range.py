@@ -62,7 +62,7 @@ def transitions(policy: StableDiffusionPolicy) -> tuple[Selection, Transitions]:
     paths = replace(drawn()[1], condition=policy.condition(PROMPTS))
     row = torch.arange(2).repeat_interleave(STEPS)
     chosen = Selection(paths, row, torch.arange(STEPS).repeat(2))
-    return chosen, chosen.transitions({})
+    return chosen, chosen.transitions()
 
 
 def some(policy: StableDiffusionPolicy) -> tuple[Tensor, Tensor, Condition]:
@@ -85,12 +85,12 @@ def gradients(dtype: torch.dtype, beta: float) -> dict[str, Tensor]:
     here = MatchingObjective(policy, drawn()[0], estimator).evaluate(batch)
     v = terminal_gradient(log_reward, chosen.paths.clean, chosen.paths.condition)
     frozen = Pass.at(policy, here.x, here.k, batch.condition, frozen=True)
-    target = estimator.reverse_target(here) + here.ahead["score_ref"]  # before they cancel
+    target = estimator.reverse_target(here) + here.ahead.score_ref  # before they cancel
     score = residual_score(here.x, batch.x_next, here.output, here.output_ref.detach(), here.k)
-    loss = mean_square(score.detach() + score - here.ahead["guess"]).mean()
+    loss = mean_square(score.detach() + score - here.ahead.guess).mean()
     return {
-        "guess": here.ahead["guess"],
-        "reverse score": here.ahead["score_ref"],
+        "guess": here.ahead.guess,
+        "reverse score": here.ahead.score_ref,
         "reverse target": target,
         "adjoint through ε": frozen.product([frozen.output], [here.k.c2 * v[chosen.row]]),
         "LoRA": flat(torch.autograd.grad(loss, policy.parameters())),

@@ -112,7 +112,7 @@ def of_updates(
     collector: Collector, drawn: Trajectories, epoch: int = 0, inner: int = 0
 ) -> list[Transitions]:
     chosen = collector.batches(drawn, epoch, inner, Half())
-    return [selection.transitions({}) for selection in chosen]
+    return [selection.transitions() for selection in chosen]
 
 
 def chosen(collector: Collector, epoch: int, inner: int = 0) -> list[Transitions]:

@@ -66,7 +66,7 @@ def draw_scene(policy: Policy, reward: Reward, num_steps: int = STEPS) -> Scene:
     row = torch.arange(len(PROMPTS)).repeat_interleave(num_steps)
     step = torch.arange(num_steps).repeat(len(PROMPTS))
     chosen = Selection(drawn, row, step)
-    return Scene(policy, table, chosen, chosen.transitions({}), reward)
+    return Scene(policy, table, chosen, chosen.transitions(), reward)
 
 
 @pytest.fixture

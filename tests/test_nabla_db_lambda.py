@@ -166,7 +166,7 @@ def test_the_lean_adjoint_is_autograd_through_the_frozen_chain(scene: Scene) -> 
     end = terminal_gradient(scene.log_reward, paths.clean, paths.condition)
     close(adjoints(scene, paths, end), expected)
     estimator = AdjointMatching(world, scene.log_reward, scene.table, chunk=3)
-    signal = estimator.prepare(scene.chosen)["return_next"]
+    signal = estimator.prepare(scene.chosen).return_next
     close(signal, expected[scene.chosen.row, scene.chosen.step + 1])
 
 
@@ -179,7 +179,7 @@ def test_adjoint_matching_loss_is_the_paper_s(scene: Scene) -> None:
     with scene.world.reference():
         output_ref = scene.world.output(batch.x, k.here.time, batch.condition)
     control = (kernels.mean(batch.x, eps, k) - kernels.mean(batch.x, output_ref, k)) / k.std
-    expected = (control - k.std * batch.signals["return_next"]).square().mean(1)
+    expected = (control - k.std * batch.signals.return_next).square().mean(1)
     close(scene.losses(estimator).terms["forward"], expected)
 
 
@@ -189,7 +189,7 @@ def test_terminal_gradient_is_that_of_the_own_path(scene: Scene) -> None:
     value = weight * clean[:, 0] + (2 * clean[:, 1]).sin() + 0.1 * clean.square().mean(1)
     (expected,) = torch.autograd.grad(BETA * value.sum(), clean)
     found = TerminalGradient(scene.log_reward, chunk=3).prepare(scene.chosen)
-    close(found["terminal_gradient"], expected[scene.chosen.row])
+    close(found.gradient, expected[scene.chosen.row])
 
 
 # ------------------------------------------------------------------------------ the return
@@ -228,21 +228,21 @@ def test_signals_against_the_recursion_row_by_row(
         known = guess_at(scene, x, k, own.condition, frozen).gradient
         with scene.world.reference():
             output_ref = scene.world.output(x, k.here.time, own.condition)
-        close(found["return_next"][i], after[0])
-        close(found["return_rest"][i], (back - known)[0])
-        close(found["output_ref"][i], output_ref[0])
+        close(found.return_next[i], after[0])
+        close(found.return_rest[i], (back - known)[0])
+        close(found.output_ref[i], output_ref[0])
 
 
 def test_the_loss_uses_the_frozen_prediction_of_the_sweep(scene: Scene) -> None:
     """Without the signal it is evaluated again, to the same loss."""
     estimator = scene.ours(scene.flow(), 0.6)
     objective = MatchingObjective(scene.world, scene.table, estimator, strength=0.8)
-    signals = dict(estimator.prepare(scene.chosen))
+    signals = estimator.prepare(scene.chosen)
     handed_on = objective.losses(scene.chosen.transitions(signals)).total()
     off = objective.losses(
-        scene.chosen.transitions({**signals, "output_ref": signals["output_ref"] + 1})
+        scene.chosen.transitions(replace(signals, output_ref=signals.output_ref + 1))
     ).total()
-    del signals["output_ref"]
+    signals = replace(signals, output_ref=None)
     close(handed_on, objective.losses(scene.chosen.transitions(signals)).total())
     assert float((off - handed_on).abs().min()) > 1e-6
 
@@ -257,7 +257,7 @@ def test_the_flow_s_loss_is_the_distance_of_v_from_the_return(
     signals = estimator.prepare(scene.chosen)
     batch = scene.chosen.transitions(signals)
     k = scene.table.at(batch.step, batch.x)
-    v = signals["return_next"] if lam else estimator.value(batch.x_next, k, batch.condition)
+    v = signals.return_next if lam else estimator.value(batch.x_next, k, batch.condition)
     back = pull_back(scene.world, batch.x, k, batch.condition, v)
     x = batch.x.clone().requires_grad_()
     if frozen:
@@ -282,7 +282,7 @@ def test_the_hint_is_the_guess_s_x_clean_at_both_ends(scene: Scene) -> None:
 
     flow = Spy(scene.world.alphas_cumprod, 16, seed=5, hint=2)
     scene.losses(scene.ours(flow, 0.0, hint=True))
-    batch = scene.chosen.transitions({})
+    batch = scene.chosen.transitions()
     k = scene.table.at(batch.step, batch.x)
     with scene.world.reference(), torch.no_grad():
         after = scene.world.output(batch.x_next, k.next.time, batch.condition)
@@ -295,7 +295,7 @@ def test_the_hint_is_the_guess_s_x_clean_at_both_ends(scene: Scene) -> None:
 
 def test_v_is_exact_at_the_clean_end(scene: Scene) -> None:
     """Whatever g_φ says there."""
-    batch = scene.chosen.transitions({})
+    batch = scene.chosen.transitions()
     last = batch.step == STEPS - 1
     k = scene.table.at(batch.step, batch.x)
     found = scene.ours(scene.flow(), 0.0).value(batch.x_next, k, batch.condition)

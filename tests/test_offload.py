@@ -171,7 +171,7 @@ def test_the_guess_is_the_same_bit_for_bit(piece: int, elsewhere: list[Tensor]) 
     """β and γ = 1 are powers of two, so that their place in the product does not matter."""
     policy = make_policy(torch.float32)
     table, chosen = draw(policy, torch.float32)
-    batch = chosen.transitions({})
+    batch = chosen.transitions()
     k = table.at(batch.step, batch.x)
 
     def found(policy: StableDiffusionPolicy, reward: NamedReward) -> Tensor:

@@ -270,7 +270,7 @@ def test_draft_lv_denoises_noisy_copies_of_the_sample(problem: Problem) -> None:
     values = []
     for i, row in enumerate(chosen.row.tolist()):
         where = problem.world.condition([PROMPTS[row]])
-        x = kept.sqrt() * problem.paths.clean[row] + (1 - kept).sqrt() * batch.signals["noise"][i]
+        x = kept.sqrt() * problem.paths.clean[row] + (1 - kept).sqrt() * batch.signals.noise[i]
         clean = reverse_step(problem.world, x[None], N - 1, where)[2]
         values.append(-BETA * tilt(clean, where.prompts, [{}])[0])
     close(losses, torch.stack(values))
@@ -280,14 +280,14 @@ def test_draft_lv_denoises_noisy_copies_of_the_sample(problem: Problem) -> None:
 
 def test_draft_lv_noise_is_fresh_and_a_function_of_the_seed(problem: Problem) -> None:
     objective, chosen = lv_problem(problem, 50)
-    noise = objective.prepare(chosen)["noise"]
-    assert torch.equal(noise, objective.prepare(chosen)["noise"])
+    noise = objective.prepare(chosen).noise
+    assert torch.equal(noise, objective.prepare(chosen).noise)
     assert len(noise.unique(dim=0)) == len(noise)
     assert float(noise.mean().abs()) < 0.15 and float(noise.std()) == pytest.approx(1, abs=0.1)
     order = torch.randperm(len(noise), generator=torch.Generator().manual_seed(0))
     assert chosen.seed is not None
     other = Selection(chosen.paths, chosen.row[order], chosen.step[order], chosen.seed[order])
-    assert torch.equal(objective.prepare(other)["noise"], noise[order])
+    assert torch.equal(objective.prepare(other).noise, noise[order])
 
 
 def test_renoising_leads_from_one_level_to_the_other() -> None:
@@ -384,7 +384,7 @@ def test_ddpo_clips_the_ratio_on_the_side_that_the_advantage_pushes(problem: Pro
 
 def test_ddpo_bounds_advantages_of_each_path(problem: Problem) -> None:
     chosen = all_steps(problem)
-    found = ddpo(problem, bound=0.5).prepare(chosen)["advantage"]
+    found = ddpo(problem, bound=0.5).prepare(chosen).advantage
     close(found, advantages(problem).clamp(-0.5, 0.5).repeat_interleave(N))
     assert float(advantages(problem).abs().max()) > 0.5
 

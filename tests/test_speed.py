@@ -78,7 +78,7 @@ def objective_for(
 
 def peak_of_losses(objective: MatchingObjective, chosen: Selection) -> int:
     with LiveGraph() as graph:
-        objective.losses(chosen.transitions({})).total().sum().backward()
+        objective.losses(chosen.transitions()).total().sum().backward()
     return graph.peak
 
 
@@ -98,7 +98,7 @@ def test_graphs_of_the_model_do_not_pile_up(flow: bool) -> None:
     """The most that is held at once is one graph of the U-Net, of the VAE and of the flow."""
     policy = make_policy()
     table, chosen = draw(policy)
-    batch = chosen.transitions({})
+    batch = chosen.transitions()
     k = table.at(batch.step, batch.x)
     parts = []
     x = batch.x.clone().requires_grad_(flow)
@@ -136,7 +136,7 @@ def test_nothing_is_held_when_theta_is_evaluated() -> None:
             return StableDiffusionPolicy.output(policy, x, timestep, condition)
 
         policy.output = spy  # type: ignore[method-assign]
-        MatchingObjective(policy, table, estimator).losses(chosen.transitions({}))
+        MatchingObjective(policy, table, estimator).losses(chosen.transitions())
     frozen, guess, theta = held
     assert frozen == theta == 0 < guess  # at x_k, at x_{k+1}, at x_k
 
@@ -146,7 +146,7 @@ def test_the_guess_keeps_nothing_for_theta() -> None:
     policy = make_policy()
     table, chosen = draw(policy)
     objective = objective_for(policy, table, flow=False)
-    batch = chosen.transitions({})
+    batch = chosen.transitions()
     seen: list[bool] = []
 
     def spy(x: Tensor, timestep: Tensor, condition: object) -> Tensor:
@@ -188,7 +188,7 @@ def test_without_its_reverse_loss_the_reverse_condition_costs_nothing(tmp_path: 
 
 def gradients_of(objective: MatchingObjective, chosen: Selection) -> list[Tensor]:
     """The losses of every transition, and the gradients of θ and φ."""
-    losses = objective.losses(chosen.transitions({})).total()
+    losses = objective.losses(chosen.transitions()).total()
     learned = [*objective.policy.parameters(), *objective.modules.parameters()]
     return [losses.detach(), *torch.autograd.grad(losses.sum(), learned, allow_unused=True)]
 
@@ -257,7 +257,7 @@ def test_the_small_decoder_sees_predicted_samples_and_the_vae_finished_ones(
     policy = make_policy(torch.float32, guidance_scale=1.0)
     decoder = load_guess_decoder(str(small_decoder), policy, torch.float32)
     table, chosen = draw(policy, torch.float32)
-    batch = chosen.transitions({})
+    batch = chosen.transitions()
     exact = LogReward(policy, analytic.colourfulness, BETA)
     log_reward = replace(exact, decoder=decoder)
     for rows in (range(len(batch)), (0, 3), (2, 5)):
@@ -365,7 +365,7 @@ def test_a_micro_batch_waits_for_nothing(flow: bool) -> None:
     with on_meta(make_policy(torch.float32)) as policy:
         table, chosen = draw(policy, torch.float32)
         objective = objective_for(policy, table, flow=flow)
-        batch = chosen.transitions({})
+        batch = chosen.transitions()
         objective.losses(batch[torch.arange(2, 7)])
         with Copies() as copies:
             losses = objective.losses(batch[torch.arange(2, 7)])
@@ -405,7 +405,7 @@ def test_walking_a_path_again_waits_for_nothing() -> None:
     with on_meta(make_policy(torch.float32)) as policy:
         table, chosen = draw(policy, torch.float32)
         batch = replace(chosen, row=torch.tensor([0, 1, 2]), step=torch.tensor([1, 0, 2]))
-        there = batch.transitions({})
+        there = batch.transitions()
         noise = torch.randn(3, STEPS, *policy.sample_shape, device="meta")
         found = replay(policy, table, there.x, there.step, noise, there.condition)
         assert found.device.type == "meta" and found.shape == there.x.shape
@@ -577,7 +577,7 @@ def test_a_missing_optimizer_package_gives_one_line(
 def test_a_bf16_model_has_float32_islands() -> None:
     """Algebra, scores, reward and its gradient in float32; the stated distance to float32."""
     table, chosen = draw(make_policy(torch.float32), torch.float32)
-    batch = chosen.transitions({})
+    batch = chosen.transitions()
     seen: list[torch.dtype] = []
 
     def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
@@ -594,9 +594,9 @@ def test_a_bf16_model_has_float32_islands() -> None:
         estimator = Guess(policy, LogReward(policy, reward, BETA), "squared")
         objective = MatchingObjective(policy, table, estimator)
         here, terms = objective.evaluate(batch), objective.losses(batch).terms
-        values = [here.output, here.output_ref, here.ahead["guess"], here.k.c2, *terms.values()]
+        values = [here.output, here.output_ref, here.ahead.guess, here.k.c2, *terms.values()]
         assert {value.dtype for value in values} == {torch.float32}
-        found.append((here.output.detach(), here.ahead["guess"]))
+        found.append((here.output.detach(), here.ahead.guess))
     assert set(seen) == {torch.float32}
     for bound, one, other in zip((0.03, 0.05), *found, strict=True):
         distance = float((one - other).norm() / one.norm())

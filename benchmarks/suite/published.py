@@ -42,7 +42,7 @@ class Unmerged(ResidualDB):
         value = self.log_reward(x_clean, batch.condition)
         gamma = row_attenuation(k.here.alpha_bar, self.mode, value)
         (slope,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
-        return score + slope - self.strength * here.ahead["score_ref"]
+        return score + slope - self.strength * here.ahead.score_ref
 
 
 @contextmanager

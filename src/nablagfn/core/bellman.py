@@ -12,7 +12,7 @@ derived in docs/nabla_db_lambda.md. The λ-return along a drawn path mixes an es
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import kernels
 from .kernels import KernelTable, Step
 from .types import Condition, Policy, Selection, beside
-from .value_gradient import OUTPUT_REF
+from .value_gradient import ReferenceSignals
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ def adjoint(here: Pass, v_next: Tensor, at_start: bool) -> Backed:
 
 
 @dataclass(frozen=True)
+class ReturnSignals(ReferenceSignals):
+    """return_next: [M, ...] v_{k+1}. return_rest: [M, ...] at x_k, what g_φ is fitted to."""
+
+    return_next: Tensor | None = None
+    return_rest: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Returns:
     """Along a stretch of L transitions: v_k (`mixed`) [B, L+1, ...]; `rest` and ε_#(x_k)
     (`output_ref`) [B, L, ...]. Zero where the backup gave None.
@@ -140,9 +148,8 @@ def sweep(
     length: int,
     chunk: int,
     returns: Callable[[Tensor, Tensor, Condition], Returns],
-) -> Mapping[str, Tensor]:
-    """Signals of the M chosen transitions, [M, ...] each: `return_next` v_{k+1}, `return_rest` at
-    x_k, and ε_#(x_k) for the matching loss.
+) -> ReturnSignals:
+    """The signals of the M chosen transitions.
 
     The returns are those over the stretch first .. first+length of each path, which holds its
     chosen transitions. first: [B] integers. chunk: paths at a time. returns:
@@ -155,8 +162,8 @@ def sweep(
         x = paths.x[beside(rows[:, None], paths.x), beside(states, paths.x)]
         parts.append(returns(x, first[rows], paths.condition[rows]))
     row, j = beside(chosen.row, paths.x), beside(chosen.step - first[chosen.row], paths.x)
-    return {
-        "return_next": torch.cat([part.mixed for part in parts])[row, j + 1],
-        "return_rest": torch.cat([part.rest for part in parts])[row, j],
-        OUTPUT_REF: torch.cat([part.output_ref for part in parts])[row, j],
-    }
+    return ReturnSignals(
+        output_ref=torch.cat([part.output_ref for part in parts])[row, j],
+        return_next=torch.cat([part.mixed for part in parts])[row, j + 1],
+        return_rest=torch.cat([part.rest for part in parts])[row, j],
+    )

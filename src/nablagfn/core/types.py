@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -95,14 +95,38 @@ class Trajectories:
         return self.x[:, -1]
 
 
+SignalsT = TypeVar("SignalsT", bound="Signals")
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What an objective computed of whole trajectories for M transitions: nothing.
+
+    One that needs something has a record of its own, which inherits from this one; its fields are
+    tensors [M, ...], or None.
+    """
+
+    def __getitem__(self: SignalsT, index: Tensor) -> SignalsT:
+        """Those of the transitions named by `index` ([n] integers)."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return type(self)(
+            **{
+                name: None if value is None else value[beside(index, value)]
+                for name, value in values.items()
+            }
+        )
+
+
+NO_SIGNALS = Signals()
+
+
 @dataclass(frozen=True)
 class Transitions:
     """M pairs (x_k, x_{k+1}) with their own prompts.
 
     x, x_next, output_old: [M, ...]; output_old is the output of the parameters θ† that drew the
     pair.
-    step: [M] integers k in 0..N-1, on the CPU. signals: what `Objective.prepare` computed, each
-    [M, ...].
+    step: [M] integers k in 0..N-1, on the CPU. signals: what `Objective.prepare` computed.
     """
 
     x: Tensor
@@ -110,7 +134,7 @@ class Transitions:
     output_old: Tensor
     step: Tensor
     condition: Condition
-    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    signals: Signals = NO_SIGNALS
 
     def __len__(self) -> int:
         return len(self.step)
@@ -124,7 +148,7 @@ class Transitions:
             output_old=self.output_old[here],
             step=self.step[index],
             condition=self.condition[index],
-            signals={name: value[here] for name, value in self.signals.items()},
+            signals=self.signals[index],
         )
 
 
@@ -142,8 +166,8 @@ class Selection:
     step: Tensor
     seed: Tensor | None = None
 
-    def transitions(self, signals: Mapping[str, Tensor]) -> Transitions:
-        """The chosen transitions with `signals` (each [M, ...]) attached."""
+    def transitions(self, signals: Signals = NO_SIGNALS) -> Transitions:
+        """The chosen transitions with `signals` attached."""
         here, k = beside(self.row, self.paths.x), beside(self.step, self.paths.x)
         return Transitions(
             x=self.paths.x[here, k],
@@ -295,8 +319,8 @@ class Objective(Protocol):
         """At most this many rows per forward pass from now on: memory and speed, not results."""
         return None
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """What `losses` needs of whole trajectories: [M, ...] by name, without graphs."""
-        return {}
+    def prepare(self, chosen: Selection) -> Signals:
+        """What `losses` needs of whole trajectories, without graphs."""
+        return NO_SIGNALS
 
     def losses(self, batch: Transitions) -> Losses: ...

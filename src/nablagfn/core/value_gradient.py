@@ -10,10 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import Step
-from .types import Selection, Transitions
+from .types import NO_SIGNALS, Selection, Signals, Transitions
 
 StepWeight = Literal["one", "std"]
-OUTPUT_REF = "output_ref"  # a signal of `prepare`: u_#(x_k), which the loss then need not compute
+
+
+@dataclass(frozen=True)
+class ReferenceSignals(Signals):
+    """output_ref: [M, ...] u_#(x_k), which the loss then need not compute."""
+
+    output_ref: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What an estimator found that needs no u_θ(x_k): nothing. One that finds something has a
+    record of its own, which inherits from this one."""
+
+
+NOTHING_AHEAD = Ahead()
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,7 @@ class Evaluated:
 
     x: [M, ...] x_k; requires grad when the estimator asked for it (`needs_input_graph`).
     output: [M, ...] u_θ(x_k) with its graph. output_ref: [M, ...] u_#(x_k); its graph reaches x
-    only, and it has none when it came as a signal. ahead: what `Estimator.ahead` found, by name.
+    only, and it has none when it came as a signal. ahead: what `Estimator.ahead` found.
     """
 
     batch: Transitions
@@ -30,7 +45,7 @@ class Evaluated:
     x: Tensor
     output: Tensor
     output_ref: Tensor
-    ahead: Mapping[str, Tensor] = field(default_factory=dict)
+    ahead: Ahead = NOTHING_AHEAD
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,8 @@ class Estimate:
 class Estimator(Protocol):
     """A way to estimate the value gradient; it owns what it learns (`modules`).
 
-    One that evaluates the frozen model at x_k in `prepare` hands it on as the signal OUTPUT_REF,
-    and then must not ask for the input's graph.
+    One that evaluates the frozen model at x_k in `prepare` hands its output on in
+    `ReferenceSignals`, and then must not ask for the input's graph.
     """
 
     needs_input_graph: bool
@@ -56,19 +71,17 @@ class Estimator(Protocol):
         """`Objective.limit_rows`, for what `prepare` does."""
         return None
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+    def prepare(self, chosen: Selection) -> Signals:
         """What `__call__` needs of whole trajectories (`Objective.prepare`)."""
-        return {}
+        return NO_SIGNALS
 
-    def ahead(
-        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor
-    ) -> Mapping[str, Tensor]:
-        """What needs no u_θ(x_k), [M, ...] by name, without graphs.
+    def ahead(self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor) -> Ahead:
+        """What needs no u_θ(x_k), without graphs.
 
         It is asked for before u_θ(x_k) is evaluated, so that its graphs are gone when that of θ
         comes: one graph of the model at a time. Arguments as in `Evaluated`.
         """
-        return {}
+        return NOTHING_AHEAD
 
     def __call__(self, here: Evaluated) -> Estimate: ...
 

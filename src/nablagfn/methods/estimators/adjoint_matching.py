@@ -9,12 +9,10 @@ step. Weighted by σ_k the loss is the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from ...core.bellman import Returns, adjoint, returns, sweep
+from ...core.bellman import Returns, ReturnSignals, adjoint, returns, sweep
 from ...core.kernels import KernelTable
 from ...core.lookahead import LogReward, terminal_gradient
 from ...core.types import Condition, Objective, Policy, Selection
@@ -39,8 +37,8 @@ class AdjointMatching(Estimator):
     def limit_rows(self, rows: int) -> None:
         self.chunk = rows
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """a_{k+1} and ε_#(x_k) of every chosen transition."""
+    def prepare(self, chosen: Selection) -> ReturnSignals:
+        """a_{k+1} and u_#(x_k) of every chosen transition."""
         start = int(chosen.step.min())
         first = torch.full((len(chosen.paths.condition),), start)
 
@@ -51,7 +49,9 @@ class AdjointMatching(Estimator):
         return sweep(chosen, first, self.table.num_steps - start, self.chunk, adjoints)
 
     def __call__(self, here: Evaluated) -> Estimate:
-        v = here.batch.signals["return_next"]
+        assert isinstance(here.batch.signals, ReturnSignals)
+        v = here.batch.signals.return_next
+        assert v is not None
         return Estimate(v, metrics={"adjoint_sq": mean_square(v)})
 
 

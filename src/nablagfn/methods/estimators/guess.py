@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ...core.kernels import Step
 from ...core.lookahead import Attenuation, LogReward, guess
 from ...core.types import Policy, Transitions
-from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
+from ...core.value_gradient import Ahead, Estimate, Estimator, Evaluated, mean_square
+
+
+@dataclass(frozen=True)
+class GuessAhead(Ahead):
+    """guess: [M, ...] at x_{k+1}."""
+
+    guess: Tensor
 
 
 class Guess(Estimator):
@@ -35,14 +42,13 @@ class Guess(Estimator):
         self.frozen_guess = frozen_guess
         self.modules = nn.ModuleDict()
 
-    def ahead(
-        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor
-    ) -> Mapping[str, Tensor]:
+    def ahead(self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor) -> GuessAhead:
         """One reward gradient at x_{k+1}."""
         with self.policy.reference() if self.frozen_guess else nullcontext():
             found = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
-        return {"guess": found.gradient}
+        return GuessAhead(found.gradient)
 
     def __call__(self, here: Evaluated) -> Estimate:
-        value = here.ahead["guess"]
+        assert isinstance(here.ahead, GuessAhead)
+        value = here.ahead.guess
         return Estimate(value, metrics={"guess_sq": mean_square(value)})

@@ -11,14 +11,14 @@ transitions, which are then neighbours, and V ends the return where the window e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...core import kernels
-from ...core.bellman import Backed, Pass, Returns, adjoint, returns, sweep
+from ...core.bellman import Backed, Pass, Returns, ReturnSignals, adjoint, returns, sweep
 from ...core.kernels import KernelTable, Step
 from ...core.lookahead import (
     Attenuation,
@@ -29,8 +29,10 @@ from ...core.lookahead import (
     terminal_gradient,
 )
 from ...core.rollout import WindowChoice
-from ...core.types import Condition, Objective, Policy, Selection, Transitions
+from ...core.types import NO_SIGNALS, Condition, Objective, Policy, Selection, Signals, Transitions
 from ...core.value_gradient import (
+    NOTHING_AHEAD,
+    Ahead,
     Estimate,
     Estimator,
     Evaluated,
@@ -40,6 +42,14 @@ from ...core.value_gradient import (
 )
 from ..parts import Parts
 from ..registry import find_method
+
+
+@dataclass(frozen=True)
+class ReturnAhead(Ahead):
+    """return_next: [M, ...] v̂(x_{k+1}). return_rest: [M, ...] g_φ's target, where it is known."""
+
+    return_next: Tensor
+    return_rest: Tensor | None = None
 
 
 class NablaDBLambda(Estimator):
@@ -84,10 +94,10 @@ class NablaDBLambda(Estimator):
     def limit_rows(self, rows: int) -> None:
         self.chunk = rows
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """v_{k+1}, g_φ's target and ε_#(x_k) of the chosen transitions; nothing without sweep."""
+    def prepare(self, chosen: Selection) -> Signals:
+        """v_{k+1}, g_φ's target and u_#(x_k) of the chosen transitions; nothing without sweep."""
         if not self.sweeps:
-            return {}
+            return NO_SIGNALS
         count = len(chosen.paths.condition)
         if self.window:
             steps = chosen.step.reshape(count, -1)
@@ -125,26 +135,26 @@ class NablaDBLambda(Estimator):
         value = known + self._learned(here.x, here.k.here.time, here.condition, x_clean)
         return Backed(mixed=(1 - self.lam) * value + self.lam * back, rest=back - known)
 
-    def ahead(
-        self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor
-    ) -> Mapping[str, Tensor]:
+    def ahead(self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor) -> Ahead:
         """Without a sweep v̂(x_{k+1}), and g_φ's target where it needs no ε_θ(x_k)."""
         if self.sweeps:
-            return {}
+            return NOTHING_AHEAD
         v = self.value(batch.x_next, k, batch.condition)
         if self.flow is None or not self.frozen_guess:
-            return {"return_next": v}
-        return {"return_next": v, "return_rest": self._frozen_target(batch, k, x, output_ref, v)}
+            return ReturnAhead(v)
+        return ReturnAhead(v, self._frozen_target(batch, k, x, output_ref, v))
 
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂(x_{k+1}), and the flow's own loss at x_k."""
         batch = here.batch
         known = batch.signals if self.sweeps else here.ahead
-        v = known["return_next"]
+        assert isinstance(known, (ReturnSignals, ReturnAhead))
+        v = known.return_next
+        assert v is not None
         metrics = {"value_gradient_sq": mean_square(v)}
         if self.flow is None:
             return Estimate(v, metrics=metrics)
-        target = known["return_rest"] if "return_rest" in known else self._target(here, v)
+        target = self._target(here, v) if known.return_rest is None else known.return_rest
         hint = (self._x_clean(here).detach(),) if self.hint else ()
         learned = self.flow(batch.x, here.k.here.time, batch.condition, *hint)
         error = step_weight(here.k, self.weight) * (learned - target)

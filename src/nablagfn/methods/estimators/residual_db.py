@@ -11,7 +11,7 @@ no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...core import kernels
 from ...core.lookahead import Attenuation, LogReward, guess, row_attenuation
 from ...core.types import Policy, Transitions
-from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
+from ...core.value_gradient import Ahead, Estimate, Estimator, Evaluated, mean_square
 
 
 def reverse_score(x: Tensor, x_next: Tensor, output: Tensor, k: kernels.Step) -> Tensor:
@@ -35,6 +35,15 @@ def reverse_score(x: Tensor, x_next: Tensor, output: Tensor, k: kernels.Step) ->
 def reverse_cotangent(x_next: Tensor, m: Tensor, k: kernels.Step) -> Tensor:
     """∂ log p(x_{k+1}|x_k) / ∂m = (x_{k+1} − m)/σ², detached, [M, ...]."""
     return ((x_next - m) / k.std**2).detach()
+
+
+@dataclass(frozen=True)
+class ResidualAhead(Ahead):
+    """guess: [M, ...] at x_{k+1}. score_ref: [M, ...] the frozen model's reverse score; None
+    without the reverse condition."""
+
+    guess: Tensor
+    score_ref: Tensor | None
 
 
 class ResidualDB(Estimator):
@@ -63,18 +72,19 @@ class ResidualDB(Estimator):
 
     def ahead(
         self, batch: Transitions, k: kernels.Step, x: Tensor, output_ref: Tensor
-    ) -> Mapping[str, Tensor]:
+    ) -> ResidualAhead:
         """The frozen model's reverse score, which frees its graph, then the guess at x_{k+1}."""
-        found = {}
+        score_ref = None
         if self.needs_input_graph:
             with self.policy.reference():
-                found["score_ref"] = reverse_score(x, batch.x_next, output_ref, k)
+                score_ref = reverse_score(x, batch.x_next, output_ref, k)
         guessed = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
-        return {**found, "guess": guessed.gradient}
+        return ResidualAhead(guessed.gradient, score_ref)
 
     def __call__(self, here: Evaluated) -> Estimate:
         """v̂ with the flow's own reverse and terminal losses."""
-        batch, k, known = here.batch, here.k, here.ahead["guess"]
+        assert isinstance(here.ahead, ResidualAhead)
+        batch, k, known = here.batch, here.k, here.ahead.guess
         learned = self.flow(batch.x_next, k.next.time, batch.condition)
         return Estimate(
             value_gradient=known + learned,
@@ -109,4 +119,5 @@ class ResidualDB(Estimator):
         gamma = row_attenuation(k.here.alpha_bar, self.mode, value)
         cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
         (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
-        return shared - self.strength * here.ahead["score_ref"]
+        assert isinstance(here.ahead, ResidualAhead) and here.ahead.score_ref is not None
+        return shared - self.strength * here.ahead.score_ref

@@ -6,15 +6,22 @@ otherwise than as the identity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...core.lookahead import LogReward, terminal_gradient
-from ...core.types import Objective, Selection
+from ...core.types import Objective, Selection, Signals
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
 from ..parts import Parts
+
+
+@dataclass(frozen=True)
+class EndGradient(Signals):
+    """gradient: [M, ...] β∇r(x_N) of each transition's own path."""
+
+    gradient: Tensor
 
 
 class TerminalGradient(Estimator):
@@ -30,17 +37,17 @@ class TerminalGradient(Estimator):
     def limit_rows(self, rows: int) -> None:
         self.chunk = rows
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """β∇r(x_N) of each transition's own path."""
+    def prepare(self, chosen: Selection) -> EndGradient:
         paths = chosen.paths
         ends = [
             terminal_gradient(self.log_reward, paths.clean[rows], paths.condition[rows])
             for rows in torch.arange(len(paths.condition)).split(self.chunk)
         ]
-        return {"terminal_gradient": torch.cat(ends)[chosen.row]}
+        return EndGradient(torch.cat(ends)[chosen.row])
 
     def __call__(self, here: Evaluated) -> Estimate:
-        gradient = here.batch.signals["terminal_gradient"]
+        assert isinstance(here.batch.signals, EndGradient)
+        gradient = here.batch.signals.gradient
         return Estimate(gradient, metrics={"terminal_gradient_sq": mean_square(gradient)})
 
 

@@ -13,8 +13,8 @@ q(x_k|x_{k+1}) as backward policy where p_# stands here, and F in place of F̃ =
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,24 @@ from ...core import kernels
 from ...core.kernels import KernelTable, Level, Step
 from ...core.lookahead import Attenuation, LogReward, row_attenuation
 from ...core.rollout import StepChoice
-from ...core.types import Condition, Losses, Objective, Policy, Selection, Transitions, beside
+from ...core.types import (
+    Condition,
+    Losses,
+    Objective,
+    Policy,
+    Selection,
+    Signals,
+    Transitions,
+    beside,
+)
 from ..parts import Parts
+
+
+@dataclass(frozen=True)
+class EndSignals(Signals):
+    """log_reward: [M] log F̃(x_N) = β·r of each transition's own path, as it was measured."""
+
+    log_reward: Tensor
 
 
 class DagDB(Objective):
@@ -58,10 +74,9 @@ class DagDB(Objective):
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         return self.steps(num_steps, generator)
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """log_reward [M]: log F̃(x_N) = β·r of each transition's own path, as it was measured."""
+    def prepare(self, chosen: Selection) -> EndSignals:
         assert chosen.paths.reward is not None
-        return {"log_reward": self.log_reward.of(chosen.paths.reward[chosen.row])}
+        return EndSignals(self.log_reward.of(chosen.paths.reward[chosen.row]))
 
     def losses(self, batch: Transitions) -> Losses:
         k = self.table.at(batch.step, batch.x)
@@ -79,7 +94,8 @@ class DagDB(Objective):
 
     def log_flow_next(self, batch: Transitions, k: Step) -> Tensor:
         """log F̃(x_{k+1}), [M]: β·r where x_{k+1} is clean, which costs no evaluation."""
-        known = batch.signals["log_reward"].to(batch.x.dtype)
+        assert isinstance(batch.signals, EndSignals)
+        known = batch.signals.log_reward.to(batch.x.dtype)
         if not len(k.noisy):
             return known
         rows = beside(k.noisy, known)

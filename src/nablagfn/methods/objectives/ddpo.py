@@ -11,7 +11,8 @@ authors' code's, and its c = 1e-4 was set for it. Needs the reward's values only
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ...config import ConfigError
 from ...core import kernels
 from ...core.kernels import KernelTable
 from ...core.rollout import StepChoice
-from ...core.types import Losses, Objective, Policy, Selection, Transitions
+from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
 from ..parts import Parts
 
 
@@ -68,6 +69,13 @@ class PromptStatistics(nn.Module):
         return ((reward.double().cpu() - mean) / (std + 1e-6)).to(reward)
 
 
+@dataclass(frozen=True)
+class Advantage(Signals):
+    """advantage: [M], of each transition's own path."""
+
+    advantage: Tensor
+
+
 class DDPO(Objective):
     """clip: c, of the ratio. advantage_clip: a."""
 
@@ -97,20 +105,21 @@ class DDPO(Objective):
     def observe(self, prompts: Sequence[str], reward: Tensor) -> None:
         self.statistics.add(prompts, reward)
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """advantage [M], of each transition's own path."""
+    def prepare(self, chosen: Selection) -> Advantage:
         assert chosen.paths.reward is not None
         advantage = self.statistics.advantage(chosen.paths.condition.prompts, chosen.paths.reward)
-        return {"advantage": advantage.clamp(-self.advantage_clip, self.advantage_clip)[chosen.row]}
+        clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        return Advantage(clipped[chosen.row])
 
     def losses(self, batch: Transitions) -> Losses:
+        assert isinstance(batch.signals, Advantage)
         k = self.table.at(batch.step, batch.x)
         with torch.enable_grad():
             output = self.policy.output(batch.x, k.here.time, batch.condition)
             log_ratio = kernels.log_ratio(batch.x, batch.x_next, output, batch.output_old, k)
             ratio = log_ratio.flatten(1).mean(1).exp()
             clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-            advantage = batch.signals["advantage"]
+            advantage = batch.signals.advantage
             surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
         share = ((ratio - 1).abs() > self.clip).to(ratio.dtype)
         return Losses({"policy": surrogate}, {"ratio_clipped": share.detach()})

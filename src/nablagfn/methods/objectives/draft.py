@@ -13,7 +13,7 @@ with probability (k+1)/N.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from ...core.kernels import KernelTable
 from ...core.lookahead import LogReward
 from ...core.rollout import noise_of, replay
-from ...core.types import Losses, Objective, Policy, Selection, Transitions
+from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
 from ..parts import Parts
+
+
+@dataclass(frozen=True)
+class Noise(Signals):
+    """noise: [M, K, ...] of each path's last K steps, K the largest of this update."""
+
+    noise: Tensor
 
 
 class TruncatedBackpropagation(Objective):
@@ -43,18 +50,18 @@ class TruncatedBackpropagation(Objective):
             return torch.randint(num_steps, (1,), generator=generator)
         return torch.tensor([max(0, num_steps - self.steps)])
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """noise [M, K, ...] of each path's last K steps, K the largest of this update."""
-        return {"noise": noise_of(chosen.paths, self.table, int(chosen.step.min()))[chosen.row]}
+    def prepare(self, chosen: Selection) -> Noise:
+        return Noise(noise_of(chosen.paths, self.table, int(chosen.step.min()))[chosen.row])
 
     def losses(self, batch: Transitions) -> Losses:
+        assert isinstance(batch.signals, Noise)
         with torch.enable_grad():
             x_clean = replay(
                 self.policy,
                 self.table,
                 batch.x,
                 batch.step,
-                batch.signals["noise"],
+                batch.signals.noise,
                 batch.condition,
             )
             return Losses({"reward": -self.log_reward(x_clean, batch.condition)})

@@ -11,7 +11,7 @@ the two levels only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,15 @@ from torch import Tensor, nn
 from ...core import kernels, rng
 from ...core.kernels import KernelTable
 from ...core.lookahead import LogReward
-from ...core.types import Losses, Objective, Policy, Selection, Transitions
+from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
 from ..parts import Parts
+
+
+@dataclass(frozen=True)
+class FreshNoise(Signals):
+    """noise: [M, ...], fresh: the path's own noises are not independent of x_N."""
+
+    noise: Tensor
 
 
 class DraftLV(Objective):
@@ -39,17 +46,17 @@ class DraftLV(Objective):
         """[n] the last step, once per copy."""
         return torch.full((self.copies,), num_steps - 1)
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
-        """noise [M, ...], fresh: the path's own noises are not independent of x_N."""
+    def prepare(self, chosen: Selection) -> FreshNoise:
         assert chosen.seed is not None
         x = chosen.paths.clean
         shape, seeds = tuple(x.shape[1:]), chosen.seed.tolist()
         noise = rng.normal(shape, seeds, seed=0, purpose="draft-lv", dtype=x.dtype)
-        return {"noise": noise.to(x.device)}
+        return FreshNoise(noise.to(x.device))
 
     def losses(self, batch: Transitions) -> Losses:
+        assert isinstance(batch.signals, FreshNoise)
         k = self.table.at(batch.step, batch.x)
-        x = kernels.renoise(batch.x_next, batch.signals["noise"], k)
+        x = kernels.renoise(batch.x_next, batch.signals.noise, k)
         with torch.enable_grad():
             output = self.policy.output(x, k.here.time, batch.condition)
             x_clean = kernels.predict_clean(x, output, k.here)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from torch import Tensor
 from ...core import kernels
 from ...core.kernels import KernelTable, Step
 from ...core.rollout import StepChoice
-from ...core.types import Losses, Objective, Policy, Selection, Transitions
+from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
 from ...core.value_gradient import (
-    OUTPUT_REF,
     Estimator,
     Evaluated,
+    ReferenceSignals,
     StepWeight,
     mean_square,
     step_weight,
@@ -74,7 +74,7 @@ class MatchingObjective(Objective):
     def limit_rows(self, rows: int) -> None:
         self.estimator.limit_rows(rows)
 
-    def prepare(self, chosen: Selection) -> Mapping[str, Tensor]:
+    def prepare(self, chosen: Selection) -> Signals:
         return self.estimator.prepare(chosen)
 
     def evaluate(self, batch: Transitions) -> Evaluated:
@@ -84,7 +84,9 @@ class MatchingObjective(Objective):
         k = self.table.at(batch.step, batch.x)
         graph = self.estimator.needs_input_graph
         x = batch.x.detach().requires_grad_(graph)
-        output_ref = batch.signals.get(OUTPUT_REF)
+        output_ref = None
+        if isinstance(batch.signals, ReferenceSignals):
+            output_ref = batch.signals.output_ref
         if output_ref is None:
             with self.policy.reference(), torch.set_grad_enabled(graph):
                 output_ref = self.policy.output(x, k.here.time, batch.condition)
