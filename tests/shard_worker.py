@@ -76,6 +76,7 @@ def trainer(
         dtype=torch.float64,
         guidance_scale=config.sampling.guidance_scale,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        vae_slice=config.training.vae_slice,
         shard=shard,
     )
     folder = RunFolder(out)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from nablagfn.cli import main
 from nablagfn.commands.export import export
 from nablagfn.commands.export.card import licence, plain
-from nablagfn.commands.export.forms import FORMS, Form
 from nablagfn.commands.export.proof import GREY_LEVEL, ROUNDING, Proof
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core import rng
+from nablagfn.families import ExportForm
+from nablagfn.families.stable_diffusion import STABLE_DIFFUSION
 from nablagfn.models.locate import EMBEDDED
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.report.loading import how_to_load
@@ -170,7 +171,8 @@ def test_an_export_that_draws_other_pictures_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    form = FORMS["kohya"]
+    forms = STABLE_DIFFUSION.export_forms
+    form = forms["kohya"]
 
     def lossy(policy: object, config: Config, folder: Path, name: str) -> None:
         form.write(policy, config, folder, name)  # type: ignore[arg-type]
@@ -178,7 +180,7 @@ def test_an_export_that_draws_other_pictures_leaves_nothing(
         state = load_file(file)
         save_file({k: v for k, v in state.items() if "down_blocks_0" not in k}, file)
 
-    monkeypatch.setitem(FORMS, "kohya", Form(lossy, form.load))
+    monkeypatch.setitem(forms, "kohya", ExportForm(lossy, form.load))  # type: ignore[arg-type]
     out = tmp_path / "out"
     with pytest.raises(SystemExit):
         main(["export", str(run.path), "--format=kohya", f"--out={out}"])

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from nablagfn.commands.assemble import build_trainer
 from nablagfn.config import Config, ConfigError, GuardSettings, set_option
+from nablagfn.methods.registry import METHODS
+from nablagfn.recipes.options import load_config
+from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.guard import Guard, Probe, broken_budgets
+from tests.worlds import randomise
 
 
 def probe(reward: float = 0.0, kept: float = 1.0, kl: float = 0.0, other: float = 0.0) -> Probe:
@@ -114,3 +123,46 @@ def test_settings_that_could_never_act_are_refused(options: dict, words: str) ->
         set_option(config, key, value)
     with pytest.raises(ConfigError, match=words):
         config.check()
+
+
+# ---------------------------------------------------------------------- β in every term
+
+
+LOWERED = 0.25
+
+
+def losses_of(method: str, out: Path, scale: float, factor: float) -> dict[str, Tensor]:
+    """Every loss term of one update's transitions, with β = scale·factor."""
+    config = load_config("worlds/prompts")
+    for key, value in {
+        "experiment.method": method,
+        "method.window": 0,
+        "model.reward_scale": scale,
+        "model.timestep_fraction": 1.0,
+        "model.reward_adaptive_mode": "squared",
+        "sampling.num_steps": 6,
+        "sampling.batch_size": 4,
+        "training.batch_size": 4,
+        "saving.output_dir": str(out),
+    }.items():
+        set_option(config, key, value)
+    trainer = build_trainer(config, RunFolder(out / f"{scale}-{factor}"))
+    randomise([*trainer.policy.parameters(), *trainer.objective.modules.parameters()], 0.1)
+    trainer.guard.state.factor = factor
+    drawn = trainer.collector.collect(0)
+    drawn = dataclasses.replace(drawn, reward=trainer._scores(drawn).total)
+    (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
+    batch = chosen.transitions(trainer.objective.prepare(chosen))
+    return {name: term.detach() for name, term in trainer.objective.losses(batch).terms.items()}
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.has_prior])
+def test_lowering_beta_acts_on_all_terms(method: str, tmp_path: Path) -> None:
+    """As an objective that was built with the lower β, term by term; and the terms do change."""
+    lowered = losses_of(method, tmp_path, 2.0, LOWERED)
+    built = losses_of(method, tmp_path, 2.0 * LOWERED, 1.0)
+    before = losses_of(method, tmp_path, 2.0, 1.0)
+    assert lowered.keys() == built.keys()
+    for name, term in lowered.items():
+        torch.testing.assert_close(term, built[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(before[name], lowered[name], rtol=1e-3) for name in lowered)

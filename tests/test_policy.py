@@ -12,9 +12,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from torch import Tensor
 
-from nablagfn.config import ConfigError
+from nablagfn.config import Config, ConfigError
 from nablagfn.core.rollout import rollout
 from nablagfn.core.samplers import find_sampler
+from nablagfn.families import find_family
 from nablagfn.models.locate import locate
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from tests.tables import table_of
@@ -363,7 +364,15 @@ def test_a_model_of_the_hub_without_network_says_how_to_provide_it() -> None:
     assert "nobody/not-a-model-for-tests" in message and "--config.pretrained.model=" in message
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"_class_name": "FluxPipeline"}'])
+def test_a_pipeline_of_no_known_family_gives_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioPipeline"}', encoding="utf-8")
+    config = Config()
+    config.pretrained.model = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"AudioPipeline; supported are StableDiffusionPipeline"):
+        find_family(config)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_folder_that_is_no_pipeline_gives_one_line(tmp_path: Path, content: str) -> None:
     with pytest.raises(ConfigError):
         locate(str(tmp_path))

@@ -90,6 +90,9 @@ class Bounds:
 PROOFS = {
     # way .991 .977 .996 (0), mode_kl .011 .021 .007 (2.5), mmd2_ratio 2.4 4.9 2.3 (170)
     "lambda-ring": ("ring", LAMBDA, 150, Bounds((0.94, 1.03), 0.05, 10.0)),
+    # the same of a flow model: way .997 .987 .995 (0), mode_kl .007 .019 .009 (2.4), mmd2_ratio 2.4
+    # 5.7 3.4 (254)
+    "lambda-ring-flow": ("ring-flow", LAMBDA, 150, Bounds((0.94, 1.03), 0.05, 10.0)),
     # way .959 .951 .951 (0), mode_kl .028 .024 .019 (1.6), mmd2_ratio 3.5 3.6 2.8 (212)
     "lambda-prompts": ("prompts", LAMBDA, 250, Bounds((0.91, 1.03), 0.05, 8.0)),
     # way .921 .919 .928 (0), gaussian_kl .024 .018 .020 (.86), mmd2_ratio 1.2 1.4 1.2 (39)

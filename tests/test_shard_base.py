@@ -25,6 +25,7 @@ from nablagfn.commands.assemble import (
 )
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core.types import Condition
+from nablagfn.methods.registry import check_settings
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.checkpoint import load_policy
@@ -249,13 +250,13 @@ def test_methods_that_are_refused_are_uneven(name: str, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="different numbers of passes"):
         set_option(config, "training.shard_base", True)
-        config.check()
+        check_settings(config)
 
 
 @pytest.mark.parametrize("name", EVEN)
 def test_even_methods_are_not_refused(name: str, tmp_path: Path) -> None:
     options = {"experiment.method": name.partition(",")[0], "training.shard_base": True}
-    small_config(tmp_path, **{**options, **EVEN[name]}).check()
+    check_settings(small_config(tmp_path, **{**options, **EVEN[name]}))
 
 
 def test_the_discarded_pass_changes_nothing() -> None:

@@ -473,7 +473,8 @@ def trained(out: Path, **options: object) -> tuple[Trainer, dict[str, Tensor]]:
     """Two updates of nabla-db on the random pipeline, set up as `assemble` does."""
     config = method_config("nabla-db", out, **{"model.reward_scale": 1e3, **options})
     config.sampling.guidance_scale = 3.0
-    policy = StableDiffusionPolicy(make_pipeline(), lora_rank=2, guidance_scale=3.0)
+    rank = int(str(options.get("model.lora_rank", 2)))
+    policy = StableDiffusionPolicy(make_pipeline(), lora_rank=rank, guidance_scale=3.0)
     prompts = PromptSet(("a cat", "a duck", "ants"))
     reward = analytic.colourfulness
     trainer = Trainer(tune(policy, config.speed), reward, prompts, config, show_progress=False)

@@ -209,7 +209,14 @@ def guarded(out: Path, **options: object) -> Trainer:
         **options,
     }
     policy = StableDiffusionPolicy(make_pipeline(), guidance_scale=1.0)
-    return Trainer(policy, destructive, PROMPTS, small_config(out, **settings), show_progress=False)
+    return Trainer(
+        policy,
+        destructive,
+        PROMPTS,
+        small_config(out, **settings),
+        held_out={"contrast": resolve("contrast", torch.device("cpu"))},
+        show_progress=False,
+    )
 
 
 def updates_and_kl(trainer: Trainer) -> list[tuple[int, float]]:

@@ -493,7 +493,10 @@ def test_the_policy_starts_at_the_pretrained_model(name: str) -> None:
             pass
         assert torch.equal(policy.output(x, time, condition), eps)
     assert not torch.equal(policy.output(x, time, condition), eps)
-    assert policy.decode(x) is x and policy.settings() == {"pretrained.model": f"worlds/{name}"}
+    assert policy.decode(x) is x and policy.settings() == {
+        "pretrained.model": f"worlds/{name}",
+        "pretrained.family": "world",
+    }
 
 
 def test_the_adapter_is_added_to_the_score() -> None:
