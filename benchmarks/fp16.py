@@ -22,7 +22,7 @@ from common import machine, parser, report
 from torch import Tensor
 
 from nablagfn.core.bellman import Pass
-from nablagfn.core.lookahead import LogReward, terminal_gradient
+from nablagfn.core.log_reward import LogReward, terminal_gradient
 from nablagfn.core.rollout import rollout
 from nablagfn.core.types import Trajectories, Transitions
 from nablagfn.methods.estimators.residual_db import ResidualDB

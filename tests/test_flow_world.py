@@ -18,7 +18,8 @@ from nablagfn import worlds
 from nablagfn.config import set_option
 from nablagfn.core import kernels, lookahead, rng
 from nablagfn.core.kernels import KernelTable, Step
-from nablagfn.core.lookahead import LogReward, attenuation, guess
+from nablagfn.core.log_reward import LogReward
+from nablagfn.core.lookahead import attenuation, guess
 from nablagfn.core.rollout import rollout
 from nablagfn.core.schedules import Levels, LinearNoising
 from nablagfn.core.types import Trajectories

@@ -16,7 +16,7 @@ from torch import Tensor
 from nablagfn.core import rng
 from nablagfn.core.bellman import Pass
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.lookahead import LogReward, terminal_gradient
+from nablagfn.core.log_reward import LogReward, terminal_gradient
 from nablagfn.core.rollout import replay, rollout
 from nablagfn.core.types import Condition, Selection, Trajectories, Transitions
 from nablagfn.core.value_gradient import mean_square

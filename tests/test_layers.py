@@ -93,21 +93,44 @@ def test_a_folder_imports_lower_ones_only() -> None:
 
 
 def modules() -> dict[str, set[str]]:
-    """Which modules of nablagfn each module imports when it is itself imported."""
+    """Which modules of nablagfn each module imports, at its top or inside a function."""
     known = {module_of(path): path for path in FILES}
     found = {}
     for name, path in known.items():
-        package = ("nablagfn", *path.relative_to(SOURCE).parts[:-1])
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        used = {target for node in body for target in targets(node, package)}
-        found[name] = {u if u in known else u.rpartition(".")[0] for u in used} & set(known)
+        used = {u if u in known else u.rpartition(".")[0] for u in imports(path)} & set(known)
+        found[name] = {u for u in used if u != name and not name.startswith(f"{u}.")}
     return found
 
 
 def test_no_module_is_imported_in_a_circle() -> None:
-    graph = {name: used - {name, name.rpartition(".")[0]} for name, used in modules().items()}
+    graph = modules()
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError
     assert len(order) == len(graph) > 100
+
+
+def test_tools_are_not_imported_in_a_circle() -> None:
+    graph = {}
+    for path in (ROOT / "tools").glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        graph[path.stem] = {n.module for n in tree if isinstance(n, ast.ImportFrom) and n.module}
+    assert list(TopologicalSorter(graph).static_order()) and "proofs" in graph
+
+
+def test_every_class_has_a_name_of_its_own() -> None:
+    found = [name for path in FILES for name in classes_in(path)]
+    assert sorted(found) == sorted(set(found))
+
+
+def test_only_a_family_knows_its_model() -> None:
+    """Elsewhere nobody names Stable Diffusion, or asks whether something is a world."""
+    homes = {"models", "families", "worlds", "__init__", "moved"}
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+        known = {name for name in names if name == "is_world" or name.startswith("StableDiffusion")}
+        assert not known or top(module_of(path)) in homes, f"{relative(path)}: {sorted(known)}"
 
 
 def test_parts_of_one_kind_do_not_know_each_other() -> None:
@@ -119,13 +142,13 @@ def test_parts_of_one_kind_do_not_know_each_other() -> None:
             assert not inside, f"{relative(path)} imports {sorted(inside)}"
 
 
+def classes_in(path: Path) -> list[str]:
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node.name for node in tree if isinstance(node, ast.ClassDef)]
+
+
 def classes_of(folder: str) -> set[str]:
-    return {
-        node.name
-        for path in (SOURCE / folder).glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-    }
+    return {name for path in (SOURCE / folder).glob("*.py") for name in classes_in(path)}
 
 
 def test_the_trainer_names_no_method_and_no_model() -> None:

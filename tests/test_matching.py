@@ -12,7 +12,8 @@ from torch import Tensor
 from nablagfn.config import Config
 from nablagfn.core import kernels, rng
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.lookahead import LogReward, attenuation, guess
+from nablagfn.core.log_reward import LogReward
+from nablagfn.core.lookahead import attenuation, guess
 from nablagfn.core.rollout import rollout
 from nablagfn.core.types import Policy, Reward, Selection, Transitions
 from nablagfn.core.value_gradient import Evaluated, mean_square

@@ -13,7 +13,8 @@ from nablagfn.core import kernels, rng
 from nablagfn.core.bellman import Backed, Pass, returns
 from nablagfn.core.counting import Counts, counted
 from nablagfn.core.kernels import KernelTable, Step
-from nablagfn.core.lookahead import Guessed, LogReward, guess, terminal_gradient
+from nablagfn.core.log_reward import LogReward, terminal_gradient
+from nablagfn.core.lookahead import Guessed, guess
 from nablagfn.core.rollout import WindowChoice, rollout
 from nablagfn.core.types import Condition, Losses, Policy, Selection, Trajectories
 from nablagfn.core.value_gradient import Estimator, mean_square

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nablagfn.commands import assemble, planner
 from nablagfn.config import Config, ConfigError, RewardSettings
-from nablagfn.core.lookahead import LogReward, guess
+from nablagfn.core.log_reward import LogReward
+from nablagfn.core.lookahead import guess
 from nablagfn.core.types import Metadata
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.recipes.options import load_config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nablagfn.config import ConfigError
-from nablagfn.core.lookahead import LogReward
+from nablagfn.core.log_reward import LogReward
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import BUILT_IN, analytic, resolve

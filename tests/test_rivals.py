@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core import kernels
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.lookahead import LogReward
+from nablagfn.core.log_reward import LogReward
 from nablagfn.core.rollout import noise_of, replay, rollout
 from nablagfn.core.types import (
     Condition,

@@ -261,7 +261,8 @@ def test_even_methods_are_not_refused(name: str, tmp_path: Path) -> None:
 
 def test_the_discarded_pass_changes_nothing() -> None:
     """The guess of clean rows only, with and without it."""
-    from nablagfn.core.lookahead import LogReward, guess
+    from nablagfn.core.log_reward import LogReward
+    from nablagfn.core.lookahead import guess
 
     policy = StableDiffusionPolicy(make_pipeline().to(torch.float64), guidance_scale=2.0)
     table = table_of(policy, 4)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nablagfn.config import ConfigError
 from nablagfn.core import kernels, rng
-from nablagfn.core.lookahead import LogReward
+from nablagfn.core.log_reward import LogReward
 from nablagfn.core.rollout import replay, rollout
 from nablagfn.core.types import Metadata, Policy, Selection
 from nablagfn.methods.estimators.guess import Guess

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.lookahead import LogReward
+from nablagfn.core.log_reward import LogReward
 from nablagfn.core.schedules import DiscreteNoising
 from nablagfn.core.types import Condition, Losses, Transitions
 from nablagfn.methods.estimators.guess import Guess

@@ -20,7 +20,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads each would crawl
 
 import matplotlib
-from proofs import carry_out_all, safe_name
+from proofs import carry_out_all
+from proofs_run import safe_name
 
 from nablagfn.config import Config
 from nablagfn.methods.registry import find_method

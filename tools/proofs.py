@@ -16,13 +16,13 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads each would crawl
 
 from proofs_report import write  # threads are set before anything loads torch
+from proofs_run import RECORD, Run
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from nablagfn.runs.runfolder import RunFolder
@@ -32,7 +32,6 @@ COMPARED = 100  # updates of the comparison
 FULL = 1000  # updates of the claim
 SAME_COST = 445  # updates of Adjoint Matching for the model evaluations of the claim
 WORLDS = ("ring", "ring-quadratic", "gaussian", "mixture-16d", "prompts")
-PROBES = {"claim": 5, "compared": 4, "study": 1}  # measurements of each run
 OURS, ADJOINT = "∇-DB(λ)", "Adjoint Matching"
 PUBLISHED = {"experiment.method": "nabla-db", "model.reward_adaptive_mode": "squared"}
 METHODS: dict[str, dict[str, object]] = {
@@ -48,7 +47,6 @@ METHODS: dict[str, dict[str, object]] = {
     "DRaFT-LV": {"experiment.method": "draft-lv"},
     "AlignProp": {"experiment.method": "alignprop"},
 }
-RECORD = "proof.json"
 DIVERGED = "is not finite"  # an outcome: without a prior, a linear reward has no maximum
 CLAIMED = {OURS: FULL, ADJOINT: SAME_COST}
 SCATTERED: dict[str, object] = {"method.window": 0, "method.return_lambda": 0.0}
@@ -72,57 +70,6 @@ STUDY: dict[str, dict[str, object]] = {
     "constant lr": {"training.lr_schedule": "constant"},
 }
 STUDIED = "prompts"
-
-
-def safe_name(*parts: str) -> str:
-    """Labels in characters that a folder's name can have."""
-    return "-".join("".join(c if c.isalnum() else " " for c in " ".join(parts)).split())
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: which table it belongs to, and everything that defines it."""
-
-    table: str
-    world: str
-    label: str
-    seed: int
-    updates: int
-    options: tuple[tuple[str, object], ...]
-
-    @property
-    def experiment(self) -> str:
-        """The label in characters that a folder's name can have."""
-        return safe_name(self.label, str(self.updates))
-
-    def folder(self, out: Path) -> RunFolder:
-        name = f"worlds-{self.world}_{self.experiment}_seed{self.seed}"
-        return RunFolder(out / self.table / name)
-
-    def done(self, out: Path) -> bool:
-        """Whether it ended with figures: the last probe's, and for the claim a picture."""
-        record = self.folder(out).read_json(RECORD)
-        rows = self.folder(out).metrics()
-        ended = bool(rows) and rows[-1]["update"] == self.updates  # a stopped run has a record, too
-        return record is not None and not record["diverged"] and ended
-
-    def arguments(self, out: Path) -> list[str]:
-        pictured: dict[str, object] = {"evaluation.num_prompts": 0} if self.table != "claim" else {}
-        options = {
-            **pictured,
-            **dict(self.options),
-            "training.num_epochs": self.updates,
-            "logging.sample_freq": max(1, self.updates // PROBES[self.table]),
-            "logging.save_freq": self.updates,
-            "saving.output_dir": out / self.table,
-        }
-        return [
-            "train",
-            f"--config=worlds/{self.world}",
-            f"--seed={self.seed}",
-            f"--exp_name={self.experiment}",
-            *(f"--config.{key}={value}" for key, value in options.items()),
-        ]
 
 
 def runs(worlds: Sequence[str]) -> list[Run]:

@@ -7,16 +7,14 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader
+from proofs_run import Run
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
-
-if TYPE_CHECKING:
-    from proofs import Run
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided 95 %, by number of seeds
 

@@ -16,7 +16,8 @@ import torch
 from one_update import memory as peak
 from torch import Tensor
 
-from nablagfn.core.lookahead import LogReward, guess, terminal_gradient
+from nablagfn.core.log_reward import LogReward, terminal_gradient
+from nablagfn.core.lookahead import guess
 from nablagfn.training.trainer import Trainer
 
 from .child import Case, Setup, free

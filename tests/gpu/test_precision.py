@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nablagfn.commands.assemble import build_reward
-from nablagfn.core.lookahead import LogReward, guess
+from nablagfn.core.log_reward import LogReward
+from nablagfn.core.lookahead import guess
 from nablagfn.core.rollout import rollout
 from nablagfn.core.types import Transitions
 from nablagfn.methods.build import build_kernel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config, ConfigError
-from ..core.lookahead import LogReward
+from ..core.log_reward import LogReward
 from ..core.types import Policy
 from ..evaluation import decoded, draw_paths
 from ..methods.build import build_kernel

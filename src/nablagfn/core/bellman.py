@@ -1,4 +1,4 @@
-"""Bellman's equation for value gradients: one step back through the frozen model (layer 3).
+"""Bellman's equation for value gradients: one step back through the frozen model.
 
     ∇ log F̃(x_k) = J_{m_#}(x_k)ᵀ E[∇ log F̃(x_{k+1})]
 

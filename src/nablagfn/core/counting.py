@@ -1,5 +1,5 @@
 """Count model evaluations, the unit in which methods of different cost are compared; and graphs
-that torch.compile made (layer 2)."""
+that torch.compile made."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""The forward-looking guess: the reward gradient at the predicted clean sample (layer 2)."""
+"""The forward-looking guess: the reward gradient at the predicted clean sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .surrogate import wants_gradient, with_gradient
-from .types import Condition, Policy, Reward, beside
+from .log_reward import LogReward
+from .types import Condition, Policy, beside
 
 Attenuation = Literal["squared", "sqrt", "none"]
 
@@ -26,73 +26,6 @@ def attenuation(alpha_bar: Tensor, mode: Attenuation) -> Tensor:
 def row_attenuation(alpha_bar: Tensor, mode: Attenuation, like: Tensor) -> Tensor:
     """γ of each row, [M], in the dtype of `like`: what log R(x̂) [M] is weighted by."""
     return attenuation(alpha_bar, mode).flatten().to(like.dtype)
-
-
-def untempered() -> float:
-    """β as it was set."""
-    return 1.0
-
-
-@dataclass(frozen=True)
-class LogReward:
-    """log R(x_N) = β·r(decode(x_N), own prompts): float32 whatever the policy computes in.
-
-    β is scale times what `temper` says at the moment: the guard may have lowered it.
-
-    piece: pictures at a time, 0 for all. Each piece is differentiated at once and its graph is
-    gone before the next: one piece of decoder and reward in memory, and nothing is computed twice.
-    decoder: what decodes predicted clean samples, instead of the policy; never x_N itself.
-    """
-
-    policy: Policy
-    reward: Reward
-    scale: float
-    temper: Callable[[], float] = untempered
-    piece: int = 0
-    decoder: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, x_clean: Tensor, condition: Condition) -> Tensor:
-        """x_clean [M, ...] -> [M]. Pixels are not clamped: a clamp has no gradient outside."""
-        if not self.piece:
-            return self._value(x_clean, condition)
-        rows = torch.arange(len(condition)).split(self.piece)
-        pieces = zip(x_clean.split(self.piece), (condition[r] for r in rows), strict=True)
-        if not wants_gradient(x_clean):
-            return torch.cat([self._value(x, where) for x, where in pieces])
-        found = [self._differentiated(x.detach(), where) for x, where in pieces]
-        values, gradients = zip(*found, strict=True)
-        return with_gradient(x_clean, torch.cat(values), torch.cat(gradients))
-
-    def at_next(self, x_clean: Tensor, k: kernels.Step, condition: Condition) -> Tensor:
-        """The same at x̂(x_{k+1}), [M]; rows that are x_N (k last) are decoded by the policy."""
-        if self.decoder is None or len(k.noisy) == len(x_clean):
-            return self(x_clean, condition)
-        exact = replace(self, decoder=None)
-        mask = torch.ones(len(x_clean), dtype=torch.bool)
-        mask[k.noisy] = False
-        parts = []
-        for rows, log_reward in ((mask.nonzero()[:, 0], exact), (k.noisy, self)):
-            if len(rows):
-                value = log_reward(x_clean[beside(rows, x_clean)], condition[rows])
-                parts.append((rows, value))
-        order = torch.cat([rows for rows, _ in parts]).argsort()
-        return torch.cat([value for _, value in parts])[beside(order, x_clean)]
-
-    def _value(self, x_clean: Tensor, condition: Condition) -> Tensor:
-        images = (self.decoder or self.policy.decode)(x_clean)
-        images = images if images.dtype == torch.float64 else images.float()
-        return self.of(self.reward(images, condition.prompts, condition.metadata))
-
-    def of(self, reward: Tensor) -> Tensor:
-        """β·r of rewards that were measured, of any shape."""
-        return self.temper() * self.scale * reward
-
-    def _differentiated(self, x_clean: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """The value [m], and its gradient [m, ...]."""
-        x = x_clean.requires_grad_()
-        value = self._value(x, condition)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), gradient
 
 
 def predicted_clean(policy: Policy, x: Tensor, k: kernels.Step, where: Condition) -> Tensor:
@@ -159,13 +92,3 @@ def guess(
     gamma = attenuation(k.next.alpha_bar, mode)
     last = k.last.reshape(-1, *([1] * (x.ndim - 1)))
     return Guessed(torch.where(last, gradient, gamma * gradient), x_clean.detach())
-
-
-def terminal_gradient(
-    log_reward: Callable[[Tensor, Condition], Tensor], x_clean: Tensor, condition: Condition
-) -> Tensor:
-    """∇ log F̃(x_N) = β·∇r(decode(x_N)), detached, [B, ...]."""
-    x = x_clean.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(log_reward(x, condition).sum(), x)
-    return gradient

@@ -1,4 +1,4 @@
-"""How far the finetuned sampler has moved: the KL of the path measures p_θ‖p_# (layer 2).
+"""How far the finetuned sampler has moved: the KL of the path measures p_θ‖p_#.
 
 Both are Markov chains of Gaussians with the same σ_k, so by the chain rule of the KL
 

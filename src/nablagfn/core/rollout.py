@@ -1,4 +1,4 @@
-"""The only sampling loop, and the choice of transitions to learn from (layer 2)."""
+"""The only sampling loop, and the choice of transitions to learn from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records and protocols that every other module speaks (layer 0).
+"""Records and protocols that every other module speaks.
 
 Shapes: M transitions, B trajectories, N denoising steps, `...` one sample (C, H, W for latents).
 The letters are those of `docs/notation.md`.

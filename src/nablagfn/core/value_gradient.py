@@ -1,4 +1,4 @@
-"""The seam between the matching loss and the ways to estimate ∇ log F̃ (layer 2)."""
+"""The seam between the matching loss and the ways to estimate ∇ log F̃."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..core.kernels import KernelTable
-from ..core.lookahead import LogReward, untempered
+from ..core.log_reward import LogReward, untempered
 from ..core.rollout import StepChoice, WindowChoice
 from ..core.types import Objective, Policy, Reward
 from ..core.value_gradient import Estimator, StepWeight

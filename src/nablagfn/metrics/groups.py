@@ -1,4 +1,4 @@
-"""Samples by group (their prompt), and means over pairs of distinct samples (layer 1)."""
+"""Samples by group (their prompt), and means over pairs of distinct samples."""
 
 from __future__ import annotations
 

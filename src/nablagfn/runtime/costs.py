@@ -1,4 +1,4 @@
-"""What a part of an update costs in memory and arithmetic, counted without computing (layer 2).
+"""What a part of an update costs in memory and arithmetic, counted without computing.
 
 Parts are run on PyTorch's meta device: shapes and dtypes are true, nothing is stored or computed,
 so that Stable Diffusion is counted in seconds on any machine. The same tracker works on real

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core.bellman import Returns, ReturnSignals, adjoint, returns, sweep
 from ...core.kernels import KernelTable
-from ...core.lookahead import LogReward, terminal_gradient
+from ...core.log_reward import LogReward, terminal_gradient
 from ...core.types import Condition, Objective, Policy, Selection
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
 from ..parts import Parts

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...core.kernels import Step
-from ...core.lookahead import Attenuation, LogReward, guess
+from ...core.log_reward import LogReward
+from ...core.lookahead import Attenuation, guess
 from ...core.types import Policy, Transitions
 from ...core.value_gradient import Ahead, Estimate, Estimator, Evaluated, mean_square
 

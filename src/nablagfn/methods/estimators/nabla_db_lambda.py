@@ -20,14 +20,8 @@ from torch import Tensor, nn
 from ...core import kernels
 from ...core.bellman import Backed, Pass, Returns, ReturnSignals, adjoint, returns, sweep
 from ...core.kernels import KernelTable, Step
-from ...core.lookahead import (
-    Attenuation,
-    LogReward,
-    attenuation,
-    guess,
-    row_attenuation,
-    terminal_gradient,
-)
+from ...core.log_reward import LogReward, terminal_gradient
+from ...core.lookahead import Attenuation, attenuation, guess, row_attenuation
 from ...core.rollout import WindowChoice
 from ...core.types import NO_SIGNALS, Condition, Objective, Policy, Selection, Signals, Transitions
 from ...core.value_gradient import (

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core import kernels
-from ...core.lookahead import Attenuation, LogReward, guess, row_attenuation
+from ...core.log_reward import LogReward
+from ...core.lookahead import Attenuation, guess, row_attenuation
 from ...core.types import Policy, Transitions
 from ...core.value_gradient import Ahead, Estimate, Estimator, Evaluated, mean_square
 

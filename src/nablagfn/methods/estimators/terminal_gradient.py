@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...core.lookahead import LogReward, terminal_gradient
+from ...core.log_reward import LogReward, terminal_gradient
 from ...core.types import Objective, Selection, Signals
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
 from ..parts import Parts

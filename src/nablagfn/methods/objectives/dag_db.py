@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ...core import kernels
 from ...core.kernels import KernelTable, Level, Step
-from ...core.lookahead import Attenuation, LogReward, row_attenuation
+from ...core.log_reward import LogReward
+from ...core.lookahead import Attenuation, row_attenuation
 from ...core.rollout import StepChoice
 from ...core.types import (
     Condition,

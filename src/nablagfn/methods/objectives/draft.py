@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.kernels import KernelTable
-from ...core.lookahead import LogReward
+from ...core.log_reward import LogReward
 from ...core.rollout import noise_of, replay
 from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
 from ..parts import Parts

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core import kernels, rng
 from ...core.kernels import KernelTable
-from ...core.lookahead import LogReward
+from ...core.log_reward import LogReward
 from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
 from ..parts import Parts
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core import kernels
 from ...core.kernels import KernelTable
-from ...core.lookahead import LogReward
+from ...core.log_reward import LogReward
 from ...core.types import Losses, Objective, Policy, Transitions
 from ..parts import Parts
 
