@@ -72,6 +72,6 @@ class MovedFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Once in a process."""
+    """Make the import system ask the finder; once in a process."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, MovedFinder())

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
 
 
 def diff(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print the table."""
+    """Print what differs between the runs as a table."""
     from ..report.diff import diff
     from ..runs.progress import console
     from ..runs.runfolder import RunFolder

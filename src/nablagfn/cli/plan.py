@@ -77,7 +77,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def prices(config: Config, device: torch.device, found: RunPlan) -> dict[str, Seconds]:
-    """Of each part here: timed, or where that takes too long at the rate of matrix products."""
+    """Price each part: timed here, or by the rate of matrix products where that is too slow."""
     import torch
 
     from ..commands import planner
@@ -99,7 +99,7 @@ def prices(config: Config, device: torch.device, found: RunPlan) -> dict[str, Se
 
 
 def show_time(config: Config, found: RunPlan, prices: Mapping[str, Seconds]) -> None:
-    """Of an update and of the run."""
+    """Print the time of an update and of the run."""
     from ..commands import planner
     from ..runs.progress import console
 

@@ -45,7 +45,7 @@ def resolve_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Config
 
 
 def choose_folder(config: Config, exp_name: str, resume: str) -> RunFolder:
-    """Where the run lives, by the --resume policy. Raises ConfigError for `must` without a run."""
+    """Choose the run folder by the --resume policy. Raises ConfigError for `must` without a run."""
     from ..runs.runfolder import check_same_settings, fresh_folder, run_folder
 
     folder = run_folder(config, exp_name)
@@ -75,7 +75,7 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def summarise(result: RunResult) -> None:
-    """Before and after in three lines, and where the report is."""
+    """Print before and after in three lines, and where the report is."""
     if not result.finished:
         print(f"stopped after update {result.updates}; the same command continues it")
     before, after = result.before, result.after

@@ -81,12 +81,12 @@ def build_held_out(config: Config, device: torch.device) -> dict[str, NamedRewar
 
 
 def _home(config: Config, device: torch.device) -> torch.device:
-    """Where rewards are loaded to."""
+    """Return the device that rewards are loaded to."""
     return torch.device("cpu") if config.speed.offload_reward else device
 
 
 def build_extractor(config: Config, device: torch.device) -> Extractor:
-    """Of picture features, by `evaluation.extractor`; a world needs none and loads none."""
+    """Load the extractor of picture features; a world needs none and loads none."""
     if find_family(config).own:
         return embedded
     return load_extractor(config.evaluation.extractor, device, config.reward.weights)

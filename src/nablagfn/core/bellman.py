@@ -41,7 +41,7 @@ class Pass:
 
     @staticmethod
     def at(policy: Policy, x: Tensor, k: Step, condition: Condition, *, frozen: bool) -> Pass:
-        """One forward pass."""
+        """Evaluate the model at x, once."""
         x = x.detach().requires_grad_()
         with _model(policy, frozen), torch.enable_grad():
             output = policy.output(x, k.here.time, condition)
@@ -69,7 +69,7 @@ class Pass:
 
 
 def _model(policy: Policy, frozen: bool) -> AbstractContextManager[None]:
-    """Where `policy.eps` is that model."""
+    """Return the context in which `policy.output` is that model's."""
     return policy.reference() if frozen else nullcontext()
 
 

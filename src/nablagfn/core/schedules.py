@@ -143,7 +143,7 @@ class LinearNoising:
 
 
 def wide(time: Tensor) -> Tensor:
-    """In float64 where the device has it (Apple's does not)."""
+    """Return times in float64 where the device has it (Apple's does not)."""
     return time.float() if time.device.type == "mps" else time.double()
 
 

@@ -316,7 +316,7 @@ class Objective(Protocol):
         return None
 
     def limit_rows(self, rows: int) -> None:
-        """At most this many rows per forward pass from now on: memory and speed, not results."""
+        """Take at most this many rows per forward pass from now on. Results stay the same."""
         return None
 
     def prepare(self, chosen: Selection) -> Signals:

@@ -42,7 +42,7 @@ def _lambda_uneven(config: Config) -> str:
 
 
 def uneven(config: Config) -> str:
-    """Of a method whose passes depend on the steps that a process drew."""
+    """Say that a method's passes depend on the steps that a process drew."""
     same = ", ".join(name for name, method in METHODS.items() if method.uneven is not uneven)
     return (
         f"{KEY}={config.experiment.method}: its processes make different numbers of passes; take "

@@ -85,6 +85,6 @@ def vendi_influence(features: Tensor, groups: Sequence[object]) -> Tensor:
 
 
 def _vendi(e: Tensor) -> Tensor:
-    """Of the rows of e [m, D]; the eigenvalues are squared singular values of e/√m."""
+    """Compute it for the rows of e [m, D]; the eigenvalues are squared singular values of e/√m."""
     p = torch.linalg.svdvals(F.normalize(e, dim=1) / len(e) ** 0.5).square()
     return (-torch.special.xlogy(p, p)).sum().exp()

@@ -19,7 +19,7 @@ EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent
 
 
 class Border:
-    """Of one float16 network with float32 parameters θ, which reach a loss through it only.
+    """The border of one float16 network with float32 parameters θ, which reach a loss through it.
 
     A backward pass that does not seek θ scales each row by itself: on its way in, and back on its
     way out. One that does sums rows inside, so all of it has one scale, chosen where it first

@@ -71,7 +71,7 @@ class LatentModel(Protocol):
     text_width: int
 
     def times(self, grid: str, num_steps: int) -> Sequence[float]:
-        """`Policy.times`."""
+        """Return the model's times on a grid, as `Policy.times` does."""
         ...
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Outcome:
     source: str = ""
 
     def change(self, key: str) -> str:
-        """In words; empty for figures whose change needs no unit of its own."""
+        """Say it in words; empty for figures whose change needs no unit of its own."""
         if key == "reward" and self.gain:
             return f"{self.gain.value:+.2f} σ"
         if key == "diversity" and self.kept:
@@ -172,7 +172,7 @@ def _each(figure: FigureRow, change: Callable[[float], float]) -> FigureRow:
 
 
 def outcome(record: Record) -> Outcome:
-    """By `nablagfn evaluate` where it was run, else by the training's own before and after."""
+    """Tell it by `nablagfn evaluate` if that was run, else by the training's before and after."""
     if record.final is not None:
         base, final = record.models[0].figures, record.final.figures
         seen = [figures.get("recognised") for figures in (base, final)]
@@ -245,7 +245,7 @@ def _trained_cards(record: Record) -> list[Card]:
 
 
 def cost(record: Record) -> TrainingCost:
-    """What the training took."""
+    """Add up what the training took."""
     counted = [row["model_evals"] for row in record.rows if row.get("model_evals") is not None]
     return TrainingCost(
         updates=record.updates,

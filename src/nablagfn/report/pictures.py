@@ -38,7 +38,7 @@ def load(path: Path) -> Image.Image:
 
 
 def encode(image: Image.Image, width: int = WIDTH) -> Picture:
-    """As WebP, scaled down to at most `width` x HEIGHT."""
+    """Encode it as WebP, scaled down to at most `width` x HEIGHT."""
     scale = min(1.0, width / image.width, HEIGHT / image.height)
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -69,7 +69,7 @@ def script() -> Markup:
 
 
 def script_hash() -> str:
-    """For the page's Content-Security-Policy."""
+    """Return the hash that the page's Content-Security-Policy allows."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script().encode()).digest()).decode()
 
 

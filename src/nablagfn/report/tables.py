@@ -77,7 +77,7 @@ def differing(records: Sequence[Record]) -> list[str]:
 
 
 def differences(records: Sequence[Record]) -> list[list[str]]:
-    """For each differing option its name and its value in each run."""
+    """Return each differing option with its value in each run."""
     flat = [flatten(record.config) for record in records]
     return [[key, *(text(values[key]) for values in flat)] for key in differing(records)]
 

@@ -56,7 +56,7 @@ class RewardCheck:
         return {row.name: row for row in self.rows}[name]
 
     def table(self) -> str:
-        """All lines, aligned."""
+        """The lines of the table, aligned."""
         wide = max(len(row.name) for row in self.rows)
         lines = [f"reward {self.reward}"]
         for row in self.rows:
@@ -75,12 +75,12 @@ class Checked:
     prompts: tuple[str, ...]
 
     def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        """[B], float32."""
+        """Score the images, [B] float32."""
         prompts = self.prompts[: len(images)] if prompts is None else prompts
         return self.reward(images, prompts, _empty(len(images))).float()
 
     def values(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        """Scores without gradient."""
+        """Score the images without a gradient."""
         with torch.no_grad():
             return self(images, prompts)
 
@@ -342,7 +342,7 @@ def half_precision(subject: Checked, gradient: Tensor) -> CheckRow:
 
 
 def describe(found: Tensor) -> str:
-    """Mean, deviation, range."""
+    """Say mean, deviation and range."""
     low, high = float(found.min()), float(found.max())
     return f"{float(found.mean()):.4g} ± {float(found.std()):.3g}, {low:.4g} … {high:.4g}"
 
@@ -375,7 +375,7 @@ def sizes(subject: Checked, base: Tensor | None) -> Iterator[CheckRow]:
 def scale(
     subject: Checked, base: Tensor | None, latent_gradient: Tensor | None
 ) -> Iterator[CheckRow]:
-    """Where to start with model.reward_scale.
+    """Say where to start with model.reward_scale.
 
     1/rms of the gradient: there β∇r is as large as the score of a unit Gaussian, which clean
     latents roughly are. 1/std: there one standard deviation of the reward is worth a factor e.

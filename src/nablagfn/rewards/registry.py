@@ -196,7 +196,7 @@ def _nothing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata
 
 
 def _check_name(spec: str, name: str) -> None:
-    """Before any weights are loaded: is there such a name? Raises ConfigError."""
+    """Raises ConfigError for a name that is none, before any weights are loaded."""
     if name in BUILT_IN or ":" in name:
         return
     near = difflib.get_close_matches(name, AVAILABLE, n=1, cutoff=0.0)[0]

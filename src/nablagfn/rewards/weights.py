@@ -31,7 +31,7 @@ class Part:
 
     @property
     def source(self) -> str:
-        """The hub repository."""
+        """The hub repository that the part comes from."""
         return self.files[0].repo
 
 
@@ -118,7 +118,7 @@ class Finder:
     option: str = "config.experiment.reward_fn"
 
     def find(self, *parts: Part) -> list[Path]:
-        """Where each part lies. Raises ConfigError, before anything is loaded, for what is missing
+        """Find where each part lies. Raises ConfigError, before anything is loaded, for what is missing
         or has another digest than the pinned one."""
         if self.weights:
             return self._in_folder(parts)
@@ -189,7 +189,7 @@ class Finder:
             raise self.damaged(path, error) from None
 
     def fill(self, module: M, state: Mapping[str, Tensor], path: Path) -> M:
-        """All of `state` as the float32 weights of `module`, which may be on the meta device.
+        """Make all of `state` the float32 weights of `module`, which may be on the meta device.
 
         Raises ConfigError when they do not fit.
         """

@@ -47,7 +47,7 @@ def hub_answers() -> bool:
 
 
 def in_cache(file: HubFile) -> Path | None:
-    """Where the hub's cache on this machine has the file, or None."""
+    """Return where the hub's cache on this machine has the file, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(

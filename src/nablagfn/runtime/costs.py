@@ -68,7 +68,7 @@ class Tracker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a forward and a backward pass over some rows.
+    """What a forward and a backward pass over some rows cost.
 
     held: bytes kept between the two. peak: bytes at most while both run. forward, backward: FLOPs
     (a multiplication and an addition are two).
@@ -81,12 +81,12 @@ class Cost:
 
     @property
     def passing(self) -> float:
-        """Bytes that come and go beside what is held."""
+        """The bytes that come and go beside what is held."""
         return self.peak - self.held
 
 
 def cost(run: Callable[[], Tensor], known: Iterable[Tensor], *, gradient: bool = True) -> Cost:
-    """Of `run()`, whose result is differentiated when `gradient`. known: weights and inputs."""
+    """Count what `run()` costs, whose result is differentiated when `gradient`. known: weights and inputs."""
     tracker = Tracker(known, collect_every=COLLECT_EVERY)
     with (
         _collected_by_count(),
@@ -178,5 +178,5 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all of them."""
+    """Count the bytes of all these tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)

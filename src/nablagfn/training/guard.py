@@ -151,11 +151,11 @@ class Guard:
         return "stopped; " + (f"the best checkpoint is {kept}" if kept else "none was within them")
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint, and for RUN/guard.json."""
+        """Return the state for the checkpoint, and for RUN/guard.json."""
         return asdict(self.state)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """With other budgets than the saved ones, a stopped run may go on."""
+        """Take a saved state; with other budgets than its own, a stopped run may go on."""
         self.state = GuardState(**saved)
         now = self.settings.model_dump()
         if self.state.settings != now:

@@ -150,7 +150,7 @@ def held_out_std(samples: Sequence[Sample], name: str) -> float:
 
 
 def features_of(samples: Sequence[Sample]) -> Tensor:
-    """[n, D], in order."""
+    """Stack the samples' features in order, [n, D]."""
     return torch.stack([sample.feature for sample in samples])
 
 

@@ -376,7 +376,7 @@ class Trainer:
         return seen.metrics
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
-        """On every process when one was asked to stop."""
+        """Raise Stopped on every process when one was asked to stop."""
         if distributed.any_process(self.accelerator, stop.requested):
             raise Stopped
 

@@ -31,7 +31,7 @@ class TrainingError(RuntimeError):
 
 
 def require_finite(value: float, what: str, advice: str) -> None:
-    """Before the weights are touched. Raises TrainingError."""
+    """Raises TrainingError, before the weights are touched, for what is not finite."""
     if not math.isfinite(value):
         raise TrainingError(f"{what} is not finite: {advice}; earlier checkpoints are kept")
 
@@ -46,7 +46,7 @@ class Updated:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """Of this process: sums of loss terms and metrics, divided by the transitions."""
+    """What this process added up: sums of loss terms and metrics over the transitions."""
 
     sums: dict[str, Tensor]
     by_step: StepDiagnostics
@@ -91,7 +91,7 @@ class Updater:
         return Updated({**metrics, **self._step()}, found.by_step.row(self.accelerator))
 
     def _say(self, text: str) -> None:
-        """From every process: each has its own memory."""
+        """Print it from every process: each has its own memory."""
         console.print(f"process {self.accelerator.process_index}: {text}")
 
     def accumulate(self, chosen: Selection, rows: int) -> Accumulated:

@@ -110,7 +110,7 @@ class TrainingStep:
 
 
 def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """For the first input, and for all others as one: zero where nothing arrives."""
+    """Return the gradient of the first input, and of all others as one; zero where none arrives."""
     found = torch.autograd.grad(loss, inputs, allow_unused=True)
     full = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
     rest = [g.flatten() for g in full[1:]]

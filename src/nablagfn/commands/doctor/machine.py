@@ -134,7 +134,7 @@ def hub(patient: Patient) -> Finding:
 
 
 def wandb(patient: Patient) -> Finding:
-    """Only when it is asked for; the key itself is not looked at."""
+    """Look for W&B when it is asked for; the key itself is not looked at."""
     if not patient.config.logging.use_wandb:
         return Finding("ok", "not used")
     if importlib.util.find_spec("wandb") is None:

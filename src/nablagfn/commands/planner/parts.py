@@ -117,7 +117,7 @@ def _reward(config: Config, place: torch.device) -> NamedReward:
 
 
 class _PassedBy(nn.Module):
-    """In place of BLIP's text encoder, which looks into its mask and so needs true tokens. Its
+    """It stands in for BLIP's text encoder, which looks into its mask and so needs true tokens. Its
     weights count; its work, a tenth of the picture encoder's, does not."""
 
     def __init__(self, text: Any) -> None:
@@ -171,7 +171,7 @@ class Subject:
         )
 
     def _cost(self, make: Callable[[int, bool], Runnable], gradient: bool = True) -> Cost:
-        """Of one row."""
+        """Count what one row of this pass costs."""
         if make == self.score and not self.reward.differentiable:
             return NOTHING  # a black box may need true pictures
 
@@ -225,7 +225,7 @@ class Subject:
         return Runnable(run, [*tensors_of([self.policy.vae]), x], gradient)
 
     def score(self, rows: int, gradient: bool) -> Runnable:
-        """Of pictures; a black box has no way back."""
+        """Make a pass that scores pictures; a black box has no way back."""
         gradient = gradient and self.reward.differentiable
         with torch.no_grad():
             images = self.policy.decode(self.x(rows))
@@ -250,7 +250,7 @@ class Subject:
 
 
 def _fixed(config: Config, subject: Subject) -> dict[str, float]:
-    """Bytes of weights, and of gradients and moments of what is trained."""
+    """Count the bytes of weights, and of gradients and moments of what is trained."""
     policy, theta = subject.policy, size_of(subject.policy.parameters())
     learned = find_method(config.experiment.method).learns_flow(config)
     flow = size_of(subject.flow.parameters()) if learned else 0
@@ -269,7 +269,7 @@ def _fixed(config: Config, subject: Subject) -> dict[str, float]:
 
 
 def _visiting(config: Config, reward: NamedReward) -> float:
-    """Bytes of the largest component's weights, where they come and go."""
+    """Count the bytes of the largest component's weights, if they come and go."""
     if not config.speed.offload_reward:
         return 0.0
     return max(size_of(tensors_of(modules_of(part))) for part in components_of(reward))

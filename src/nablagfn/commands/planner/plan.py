@@ -33,7 +33,7 @@ class Setting:
 
 
 def moments(config: Config, parts: Costs, work: Work, setting: Setting) -> dict[str, float]:
-    """Bytes beside the fixed ones at each moment of an epoch."""
+    """Count the bytes beside the fixed ones at each moment of an epoch."""
     s, t, p = config.sampling, config.training, parts
     paths = s.batch_size * s.num_batches_per_epoch
     path = (2 * s.num_steps + 1) * p.sample  # x and ε_θ† of every step
@@ -53,7 +53,7 @@ def moments(config: Config, parts: Costs, work: Work, setting: Setting) -> dict[
 
 
 def _update(config: Config, parts: Costs, setting: Setting) -> dict[str, float]:
-    """Bytes of graphs and of what passes, of one micro-batch."""
+    """Count the bytes of graphs, and of what passes, of one micro-batch."""
     p, rows = parts, setting.micro_batch
     eps = p.eps_checkpointed if setting.gradient_checkpointing else p.eps
     method = find_method(config.experiment.method)
@@ -75,7 +75,7 @@ def _update(config: Config, parts: Costs, setting: Setting) -> dict[str, float]:
 
 
 def _on_the_way_back(p: Costs, eps: Cost, rows: int) -> float:
-    """Bytes of the reward and of what passes, beside the graphs of U-Net and decoder."""
+    """Count what the way back takes beside the graphs of U-Net and decoder, in bytes."""
     others = max(eps.passing, p.decode.passing)
     if p.visiting:  # it is differentiated and gone before the way back
         return max(rows * p.reward.peak + p.visiting, rows * others)
@@ -104,12 +104,12 @@ class RunPlan:
 
     @property
     def flops(self) -> float:
-        """Of one update and process."""
+        """The FLOPs of one update and process."""
         return total(self.passes, self.prices)
 
     @property
     def peak(self) -> float:
-        """Bytes."""
+        """The most bytes in use at any moment."""
         return sum(self.fixed.values()) + max(self.moments.values())
 
     def options(self, config: Config) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class RunPlan:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that this process could still take on the device."""
+    """Return how many bytes this process could still take on the device."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)
@@ -168,7 +168,7 @@ def choose(config: Config, parts: Costs, work: Work, usable: float) -> RunPlan:
 
 
 def setting_of(config: Config) -> Setting:
-    """As `config` has it."""
+    """Return the setting that `config` has."""
     t = config.training
     rows = t.micro_batch or t.batch_size
     return Setting(rows, t.gradient_checkpointing, t.vae_slice, config.sampling.batch_size)

@@ -24,7 +24,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one row, forward and back."""
+    """What one row takes forward and back, in seconds."""
 
     forward: float
     backward: float
@@ -58,7 +58,7 @@ def matmul_rate(where: torch.device, dtype: torch.dtype, seconds: float = 1.0) -
 
 
 def synchronise(where: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has done its work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
 
@@ -71,7 +71,7 @@ def too_long(found: RunPlan, rate: float) -> bool:
 
 
 def _rows(found: RunPlan) -> dict[str, int]:
-    """As many at a time as the run takes: what a row costs depends on it."""
+    """Return how many rows the run takes at a time: what a row costs depends on it."""
     s = found.setting
     if s is None:
         return dict.fromkeys(found.prices, 1)

@@ -22,7 +22,7 @@ from ...worlds.policy import WorldPolicy, WorldReward
 
 @dataclass(frozen=True)
 class Work:
-    """Of one path of an update, guided evaluations and decodes, forward and backward apart.
+    """What one path of an update takes: guided evaluations and decodes, forward and backward apart.
 
     transitions: how many are learned from. flow: samples that g_φ sees. The drawing of the path is
     in it.
@@ -104,7 +104,7 @@ class Passes:
 
 
 def update_passes(config: Config, work: Work) -> dict[str, Passes]:
-    """Of one update and process, by part; its share of the epoch's drawing included."""
+    """Count the passes of one update and process by part, its share of the drawing included."""
     t = config.training
     paths = t.batch_size * t.gradient_accumulation_steps
     steps = config.sampling.num_steps
@@ -119,7 +119,7 @@ def update_passes(config: Config, work: Work) -> dict[str, Passes]:
 
 
 def measuring_passes(config: Config) -> dict[str, Passes]:
-    """Of all that a run measures beside its updates: before, after, and its fixed-seed samples.
+    """Count the passes of what a run measures: before, after, and its fixed-seed samples.
 
     A sample of the finetuned model is followed by the frozen model along its path (path KL). With
     several processes they share the samples.
@@ -139,5 +139,5 @@ def measuring_passes(config: Config) -> dict[str, Passes]:
 
 
 def total(passes: Mapping[str, Passes], prices: Mapping[str, Price]) -> float:
-    """All of it."""
+    """Add up what all passes cost."""
     return sum(count.cost(prices[part]) for part, count in passes.items())
