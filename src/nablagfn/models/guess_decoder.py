@@ -27,7 +27,7 @@ class GuessDecoder:
 
 
 def load_guess_decoder(name: str, policy: Policy, dtype: torch.dtype) -> GuessDecoder:
-    """Load it by hub name or folder, to the policy's device. Raises ConfigError when it does not fit.
+    """Load it to the policy's device, by hub name or folder. Raises ConfigError if it does not fit.
 
     float16 becomes float32, as in the policy: reward gradients underflow in a float16 decoder.
     """

@@ -118,8 +118,11 @@ class Finder:
     option: str = "config.experiment.reward_fn"
 
     def find(self, *parts: Part) -> list[Path]:
-        """Find where each part lies. Raises ConfigError, before anything is loaded, for what is missing
-        or has another digest than the pinned one."""
+        """Find where each part lies.
+
+        Raises ConfigError, before anything is loaded, for what is missing or has another digest
+        than the pinned one.
+        """
         if self.weights:
             return self._in_folder(parts)
         found = []
