@@ -86,7 +86,10 @@ class Cost:
 
 
 def cost(run: Callable[[], Tensor], known: Iterable[Tensor], *, gradient: bool = True) -> Cost:
-    """Count what `run()` costs, whose result is differentiated when `gradient`. known: weights and inputs."""
+    """Count what `run()` costs; its result is differentiated if `gradient`.
+
+    known: weights and inputs.
+    """
     tracker = Tracker(known, collect_every=COLLECT_EVERY)
     with (
         _collected_by_count(),
