@@ -58,3 +58,9 @@ def world() -> MixtureWorld:
 def exact_world() -> MixtureWorld:
     """The plane with the adapter at zero: the exact mixture."""
     return MixtureWorld()
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes longer than a small run does."""
+    monkeypatch.setattr("nablagfn.report.build", lambda folder: None)

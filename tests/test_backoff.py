@@ -16,6 +16,8 @@ from nablagfn.training.trainer import Trainer, TrainingError
 from tests.test_trainer import small_config
 from tests.tiny_pipeline import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 class Small(StableDiffusionPolicy):
     """A policy on a device that holds `limit` rows with a graph, and no more."""

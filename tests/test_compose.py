@@ -28,6 +28,8 @@ from nablagfn.training.trainer import Trainer
 from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 CPU = torch.device("cpu")
 
 

@@ -35,6 +35,8 @@ from nablagfn.worlds.world import World
 from tests.tables import table_of
 from tests.worlds import randomise
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 STEPS, ROWS, BETA = 12, 64, 2.0
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 

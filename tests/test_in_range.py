@@ -33,6 +33,8 @@ from tests.test_rivals import KINDS, method_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import randomise
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 PROMPTS = ("a cat", "a dog")
 STEPS = 3
 BOUND = 0.02  # relative, of docs/performance.md
@@ -113,12 +115,6 @@ def far(beta: float) -> dict[str, float]:
         sound = bool(value.isfinite().all()) and zeros <= 0.005
         found[name] = float((value - true).norm() / true.norm()) if sound else math.inf
     return {name: distance for name, distance in found.items() if distance > BOUND}
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than the runs here."""
-    monkeypatch.setattr("nablagfn.report.build", lambda folder: None)
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from nablagfn.training.guard import Guard, Probe
 from nablagfn.training.runlog import RunLog, make_accelerator
 from tests.tiny_pipeline import save_pipeline
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 CPU = torch.device("cpu")
 Look = Callable[[Config, Path], object]
 

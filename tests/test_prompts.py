@@ -22,6 +22,8 @@ from tests.shared import PROMPTS, needs_prompts
 from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SIZES = {  # to train on, held out
     "simple_animals": (45, 0),
     "imagenet_animals": (398, 0),

@@ -22,6 +22,8 @@ from nablagfn.worlds.policy import WorldPolicy
 from nablagfn.worlds.target import Target
 from tests.tables import table_of
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 STEPS = 20
 SAMPLES = 1000  # per prompt
 

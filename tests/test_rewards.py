@@ -20,6 +20,8 @@ from tests.test_docs import small_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 CPU = torch.device("cpu")
 FORMULAS = {
     "brightness": analytic.brightness,

@@ -43,6 +43,8 @@ from tests.tables import discrete_table, table_of
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld, randomise, sd_alphas_cumprod, tilt
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 N = 5
 BETA = 3.0
 PROMPTS = ("a", "bb", "a", "cccc", "bb", "dddddd")
@@ -620,12 +622,6 @@ class Kind:
     def trainer(self, config: Config, reward: Reward | None = None) -> Trainer:
         prompts = PromptSet(("a cat", "a duck", "ants"))
         return Trainer(self.policy(), reward or self.reward, prompts, config, show_progress=False)
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than the runs here."""
-    monkeypatch.setattr("nablagfn.report.build", lambda folder: None)
 
 
 KINDS = [Kind("world"), Kind("pipeline")]

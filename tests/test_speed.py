@@ -38,6 +38,8 @@ from tests.tiny_pipeline import make_pipeline
 from tests.tiny_rewards import save_weights
 from tests.worlds import randomise
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 PROMPTS = ("a cat", "a dog", "an ant")
 STEPS = 3
 BETA = 50.0

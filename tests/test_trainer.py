@@ -17,6 +17,8 @@ from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.trainer import Trainer, TrainingError
 from tests.tiny_pipeline import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 PROMPTS = PromptSet(("a cat", "a dog", "an ant"))
 
 

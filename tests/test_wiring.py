@@ -22,6 +22,8 @@ from tests.test_trainer import PROMPTS, make_trainer, small_config
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import MixtureWorld
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.mark.parametrize(("scheduler", "eta"), [("ddim", 0.5), ("ddpm", 1.0), ("dpm-solver", 1.0)])
 def test_the_sampler_is_the_one_asked_for(scheduler: str, eta: float) -> None:
