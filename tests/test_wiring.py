@@ -10,6 +10,7 @@ from torch import nn
 
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.evaluation.pictures import grid
+from nablagfn.families.stable_diffusion import stock_sampler
 from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
@@ -153,3 +154,12 @@ def test_prompts_of_a_run_are_kept(tmp_path: Path) -> None:
     make_trainer(small_config(tmp_path)).fit()
     kept = RunFolder(tmp_path / "colourfulness_seed0").read_json("prompts.json")
     assert PromptSet(tuple(kept)) == PROMPTS
+
+
+def test_a_grid_that_ends_too_early_names_both_options() -> None:
+    config = Config()
+    set_option(config, "sampling.final_sigma", 0.9)
+    with pytest.raises(ConfigError, match=r"num_steps=50 with config\.sampling\.final_sigma=0\.9"):
+        build_kernel(config, MixtureWorld())
+    with pytest.raises(ConfigError, match=r"no scheduler of diffusers ends at"):
+        stock_sampler(config)

@@ -71,6 +71,11 @@ def skeleton(config: Config) -> LatentPolicy:
 def stock_sampler(config: Config) -> StockSampler:
     """Raises ConfigError for a sampler that no scheduler of diffusers is."""
     name, eta = config.sampling.scheduler, config.sampling.eta
+    if config.sampling.final_sigma:
+        raise ConfigError(
+            "no scheduler of diffusers ends at config.sampling.final_sigma="
+            f"{config.sampling.final_sigma:g}: use `nablagfn sample`"
+        )
     if name == "dpm-solver":
         return StockSampler("DPMSolverMultistepScheduler", FIRST_ORDER_SDE)
     if name in ("ddim", "ddpm"):

@@ -24,7 +24,8 @@ def build_kernel(config: Config, policy: Policy) -> KernelTable:
         schedule = schedule_of(policy.noising, times, s.final_sigma)
         return kernel_table(schedule, eta_of(s), policy.prediction)
     except ValueError as error:
-        raise ConfigError(f"config.sampling.num_steps={s.num_steps}: {error}") from None
+        end = f" with config.sampling.final_sigma={s.final_sigma:g}" if s.final_sigma else ""
+        raise ConfigError(f"config.sampling.num_steps={s.num_steps}{end}: {error}") from None
 
 
 def build_objective(parts: Parts) -> Objective:

@@ -129,6 +129,8 @@ class LatentPolicy:
         if ADAPTER in getattr(self.network, "peft_config", {}):
             self.network.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
         self._add_lora(lora_rank, seed)
+        names = (name for name, _ in self.network.named_parameters())
+        self._frozen = next(name for name in names if ".lora_" not in name)  # one of its weights
         self._border = Border(self.parameters()) if self.dtype == torch.float16 else None
         self.together = shard
         if shard:
@@ -177,8 +179,8 @@ class LatentPolicy:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen network."""
-        lora = {id(parameter) for parameter in self.parameters()}
-        return next(p.dtype for p in self.network.parameters() if id(p) not in lora)
+        dtype: torch.dtype = self.network.get_parameter(self._frozen).dtype
+        return dtype
 
     def times(self, grid: str, num_steps: int) -> Sequence[float]:
         return self.model.times(grid, num_steps)
