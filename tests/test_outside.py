@@ -136,6 +136,7 @@ def run(pipeline: Path, *arguments: str, command: str = "train", **changed: str)
     return RunFolder(found)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_reward(here: Path, pipeline: Path) -> None:
     """With metadata of its own from the prompt file, in training and when measuring."""
     (here / "outside_reward.py").write_text(REWARD, encoding="utf-8")
@@ -180,6 +181,7 @@ def test_a_sampler(here: Path, pipeline: Path, capsys: pytest.CaptureFixture[str
     assert "no scheduler of diffusers draws as" in told and len(told.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_world(here: Path) -> None:
     (here / "my_world.py").write_text(WORLD, encoding="utf-8")
     options = ["--config.training.num_epochs=3", "--config.logging.sample_freq=0"]
@@ -189,6 +191,7 @@ def test_a_world(here: Path) -> None:
     assert after["others"]["mode_kl"] >= 0
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_family(here: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "outside_family.py").write_text(FAMILY, encoding="utf-8")
     plain = run(pipeline)

@@ -637,9 +637,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
 
 @every_kind
 @every_method
-def test_two_updates_are_one_and_one_and_do_not_depend_on_the_micro_batch(
-    method: str, kind: Kind, tmp_path: Path
-) -> None:
+def test_two_updates_are_one_and_one(method: str, kind: Kind, tmp_path: Path) -> None:
     beta = {"model.reward_scale": kind.beta}
     whole = kind.trainer(method_config(method, tmp_path / "whole", **beta))
     start = state(whole)
@@ -655,13 +653,6 @@ def test_two_updates_are_one_and_one_and_do_not_depend_on_the_micro_batch(
     assert resumed.fit().updates == 2
     again = state(resumed)
     assert [name for name in end if not torch.equal(end[name], again[name])] == []
-
-    threes = {"training.micro_batch": 3, **beta}
-    small = kind.trainer(method_config(method, tmp_path / "small", **threes))
-    small.fit()
-    moved = max(float((end[name] - start[name]).abs().max()) for name in theta)
-    for name, value in state(small).items():
-        torch.testing.assert_close(value, end[name], rtol=1e-3, atol=1e-3 * moved)
 
 
 @every_method
