@@ -26,7 +26,6 @@ def load_object(spec: str, key: str, kind: type[Kind]) -> Kind:
     except Exception as error:  # a user's module may raise anything
         raise ConfigError(f"{key}={spec!r} cannot be imported: {error}") from None
     if not isinstance(found, kind):
-        raise ConfigError(
-            f"{key}={spec!r} is a {type(found).__name__}: it must be a {kind.__name__}"
-        )
+        what = "class" if isinstance(found, type) else type(found).__name__
+        raise ConfigError(f"{key}={spec!r} is a {what}: it must be a {kind.__name__}")
     return found
