@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config import ConfigError, Sampling
-from ..config.dotted import load_object
+from ..config.dotted import find_object
 
 if TYPE_CHECKING:
     from .schedules import Noising
@@ -41,15 +40,7 @@ SAMPLERS = {
 
 def find_sampler(name: str) -> Sampler:
     """One of this package, or `package.module:object`. Raises ConfigError when there is none."""
-    if name in SAMPLERS:
-        return SAMPLERS[name]
-    if ":" in name:
-        return load_object(name, KEY, Sampler)
-    near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        f"{KEY}={name!r} is unknown: did you mean {near}? (samplers: {', '.join(SAMPLERS)}; "
-        "your own: package.module:object)"
-    )
+    return find_object(name, SAMPLERS, KEY, Sampler)
 
 
 def eta_of(sampling: Sampling) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-
 from ..config import Config, ConfigError
-from ..config.dotted import load_object
+from ..config.dotted import find_object
 from ..models.locate import pipeline_class
 from .family import Family
 from .stable_diffusion import STABLE_DIFFUSION
@@ -21,16 +19,8 @@ def find_family(config: Config) -> Family:
     Raises ConfigError when there is none, or when the model is not there to be asked.
     """
     name, model = config.pretrained.family, config.pretrained.model
-    if name in FAMILIES:
-        return FAMILIES[name]
-    if ":" in name:
-        return load_object(name, KEY, Family)
     if name != "auto":
-        near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"{KEY}={name!r} is unknown: did you mean {near}? (families: {', '.join(FAMILIES)}; "
-            "auto; your own: package.module:object)"
-        )
+        return find_object(name, FAMILIES, KEY, Family)
     claiming = claimed(model)
     if claiming is not None:
         return claiming

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-
 from ..config import Config, ConfigError
-from ..config.dotted import load_object
+from ..config.dotted import find_object
 from ..core.samplers import eta_of
 from .record import Alive, Method
 
@@ -131,15 +129,7 @@ METHODS = {
 
 def find_method(name: str) -> Method:
     """One of this package, or `package.module:object`. Raises ConfigError when there is none."""
-    if name in METHODS:
-        return METHODS[name]
-    if ":" in name:
-        return load_object(name, KEY, Method)
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        f"{KEY}={name!r} is unknown: did you mean {near}? (methods: {', '.join(METHODS)}; your "
-        "own: package.module:object)"
-    )
+    return find_object(name, METHODS, KEY, Method)
 
 
 def check_settings(config: Config) -> None:

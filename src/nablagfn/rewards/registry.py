@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, RewardSettings
+from ..config.dotted import import_object
 from ..core.surrogate import wants_gradient
 from ..core.types import Metadata, Reward
 from . import analytic, blackbox
@@ -229,17 +228,9 @@ def named(reward: Reward) -> NamedReward:
 
 
 def _import(spec: str, name: str) -> Reward:
-    """Import `package.module:function`; the current folder is on the path, as for `python -m`."""
-    module_name, _, attribute = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigError(
-            f"config.experiment.reward_fn={spec!r} cannot be imported: {error}"
-        ) from None
+    """The callable `package.module:function`. Raises ConfigError when it cannot be had."""
+    given = f"config.experiment.reward_fn={spec!r}"
+    found: Reward = import_object(name, given)
     if not callable(found):
-        raise ConfigError(f"config.experiment.reward_fn={spec!r} is not callable")
+        raise ConfigError(f"{given} is not callable")
     return found
