@@ -219,9 +219,16 @@ def _single(
 
 
 def named(reward: Reward) -> NamedReward:
-    """Any callable as a checked reward, named by where it can be imported from."""
+    """Any callable as a checked reward, named by where it can be imported from.
+
+    Raises ConfigError for what is none.
+    """
     if isinstance(reward, NamedReward):
         return reward
+    if not callable(reward):
+        raise ConfigError(
+            f"the reward {reward!r} is no function: give one that takes (images, prompts, metadata)"
+        )
     place = reward if hasattr(reward, "__qualname__") else type(reward)
     name = f"{place.__module__}:{place.__qualname__}"
     return NamedReward(name, reward, getattr(reward, "differentiable", True))
