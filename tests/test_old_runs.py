@@ -47,6 +47,18 @@ def test_every_old_module_is_the_new_one() -> None:
             assert known.__spec__ is spec and spec is not None and spec.name == f"nablagfn.{new}"
 
 
+def test_an_old_import_leaves_the_new_package_as_it_is() -> None:
+    """Also where a function is called as its module is."""
+    code = (
+        "import nablagfn.export.export\n"
+        "from nablagfn.commands.export import export\n"
+        "import nablagfn.planner.plan\n"
+        "from nablagfn.commands.planner import plan\n"
+        "assert callable(export) and callable(plan)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_an_old_import_says_where_the_module_is_now() -> None:
     code = "from nablagfn.trainer import Trainer; from nablagfn.doctor.records import Finding"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
