@@ -64,7 +64,7 @@ def test_the_advised_scale_is_one_over_the_latents_gradient() -> None:
     policy = StableDiffusionPolicy(make_pipeline(), seed=0)
     reward, prompts = resolve("brightness", CPU), ("a cat", "a dog")
     latents = torch.randn(2, *policy.sample_shape, generator=torch.Generator().manual_seed(0))
-    slope = latent_gradient(policy, reward, latents, prompts)
+    slope = latent_gradient(policy, reward, latents, prompts, [{}] * 2)
     x = latents.clone().requires_grad_()
     score = reward(policy.decode(x), prompts, [{}] * 2)
     (known,) = torch.autograd.grad(score.sum(), x)
@@ -227,6 +227,29 @@ def test_the_command_fails_for_a_broken_reward(
         main(["check-reward", "broken_reward_for_tests:score", "--samples=0"])
     assert caught.value.code == UNUSABLE == 1
     assert "detached" in capsys.readouterr().out and not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.parametrize("samples", ["0", "2"])
+def test_the_command_gives_the_metadata_of_the_prompt_file(
+    samples: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To a reward that cannot do without."""
+    code = (
+        "def score(images, prompts, metadata):\n"
+        "    weight = images.new_tensor([float(entry['weight']) for entry in metadata])\n"
+        "    return weight * images.mean((1, 2, 3))\n"
+    )
+    (tmp_path / "told_reward_for_tests.py").write_text(code, encoding="utf-8")
+    (tmp_path / "told.csv").write_text("prompt,weight\na cat,1\na dog,3\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    asked = ["--config.experiment.prompt_fn=told.csv", "--config.sampling.num_steps=4"]
+    main(["check-reward", "told_reward_for_tests:score", f"--samples={samples}", *asked])
+    text = capsys.readouterr().out
+    assert "for other prompts" in text and ("by the gradient" in text) == (samples == "2")
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,29 @@ def test_a_quoted_line_break_in_a_csv_stays_in_its_prompt(tmp_path: Path) -> Non
     assert cat.split() == ["a", "cat", "on", "a", "mat"] and dog == "a dog"
 
 
+def test_what_stands_beside_a_prompt_is_its_metadata(tmp_path: Path) -> None:
+    files = {
+        "a.csv": 'red,Prompts,a b\n0.5,a cat,\n1,"a dog, running","x, y",,\n',
+        "a.json": '[{"prompt": "a cat", "red": "0.5", "a b": ""}, '
+        '{"red": "1", "prompts": "a dog, running", "a b": "x, y"}]',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = load_prompts(str(tmp_path / name))
+        assert found.prompts == ("a cat", "a dog, running")
+        told = [{"red": "0.5", "a b": ""}, {"red": "1", "a b": "x, y"}, {}]
+        assert found.metadata([*found.prompts, "a fox"]) == told, name
+
+
+def test_metadata_is_a_copy_and_json() -> None:
+    given = {"a cat": {"box": [1, 2]}}
+    found = PromptSet(("a cat",), about=given)
+    given["a cat"]["box"].append(3)
+    assert found.metadata(["a cat"]) == [{"box": [1, 2]}]
+    message = error_line(lambda: PromptSet(("a cat",), about={"a cat": {"box": object()}}))
+    assert "metadata" in message and "JSON" in message
+
+
 MALFORMED = {
     "empty.txt": b"",
     "blank.txt": b" \n\n",
@@ -434,6 +457,11 @@ MALFORMED = {
     "header.csv": b"prompt\n",
     "blank.csv": b"prompt\n \n",
     "huge.csv": b'"' + b"x" * 200_000,
+    "commas.csv": b"prompt,red\na dog, running,1\n",
+    "short.csv": b"prompt,red\na cat\n",
+    "twice.csv": b"prompt,red,red\na cat,0,1\n",
+    "differs.csv": b"prompt,red\na cat,0\na cat,1\n",
+    "differs.json": b'["a cat", {"prompt": "a cat", "red": 1}]',
     "a.yaml": b"- a cat",
     "noending": b"a cat",
 }

@@ -398,6 +398,19 @@ def test_which_prompts(run: RunFolder, tmp_path: Path) -> None:
     assert chosen() == ("cat", "dog")
 
 
+def test_samples_are_scored_again_where_their_metadata_differ(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    def settings(text: str) -> dict[str, Any]:
+        (tmp_path / "own.csv").write_text(text, encoding="utf-8")
+        return command.make_plan(run, Request(prompt_file=str(tmp_path / "own.csv"))).settings
+
+    plain, zero, one = map(settings, ("prompt\nx\n", "prompt,red\nx,0\n", "prompt,red\nx,1\n"))
+    assert "metadata" not in plain  # so that what an earlier version has measured is kept
+    assert zero == {**plain, "metadata": [{"red": "0"}]}
+    assert one == {**plain, "metadata": [{"red": "1"}]}
+
+
 def test_text_alignment_is_measured_where_it_can_be(tmp_path: Path) -> None:
     config = load_config("demo")
     assert command.choose_rewards(config, Request(), False) == ("tiny-alignment",)

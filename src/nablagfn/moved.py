@@ -42,10 +42,15 @@ def new_name(name: str) -> str | None:
 
 
 class _Alias(importlib.abc.Loader):
-    """Gives the module of another name."""
+    """Gives the module of another name.
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    What a package has loaded so far gets its old name at once. If the import system did that later,
+    it would also put each module into the package, over a function of the same name, as
+    `export.export`.
+    """
+
+    def __init__(self, name: str, target: str) -> None:
+        self.name, self.target = name, target
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = importlib.import_module(self.target)
@@ -54,6 +59,9 @@ class _Alias(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self.spec
+        for loaded, part in list(sys.modules.items()):
+            if loaded.startswith(f"{self.target}."):
+                sys.modules.setdefault(self.name + loaded.removeprefix(self.target), part)
 
 
 class MovedFinder(importlib.abc.MetaPathFinder):
@@ -68,7 +76,7 @@ class MovedFinder(importlib.abc.MetaPathFinder):
         if found is None:
             return None
         warnings.warn(f"{fullname} is now {found}", FutureWarning, stacklevel=2)
-        return importlib.machinery.ModuleSpec(fullname, _Alias(found))
+        return importlib.machinery.ModuleSpec(fullname, _Alias(fullname, found))
 
 
 def install() -> None:

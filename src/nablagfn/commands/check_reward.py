@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, find_file
 from ..core.log_reward import LogReward
-from ..core.types import Policy
+from ..core.types import Metadata, Policy
 from ..evaluation import decoded, draw_paths
+from ..families import find_family
 from ..methods.build import build_kernel
-from ..prompts import load_prompts
+from ..prompts import BUILT_IN, load_prompts
 from ..rewards import NamedReward
 from ..rewards.check import RewardCheck, check_reward
 from ..runtime.distributed import process_state
 from .assemble import build_policy, build_reward
+
+WITHOUT_SAMPLES = 4  # prompts that noise alone is scored with
 
 
 def check(config: Config, samples: int) -> RewardCheck:
@@ -25,10 +30,15 @@ def check(config: Config, samples: int) -> RewardCheck:
     device = process_state().device
     if samples == 1:
         raise ConfigError("--samples: give at least 2, or 0 for none")
-    prompts = load_prompts(config.experiment.prompt_fn).spread(samples) if samples else ()
+    prompts: tuple[str, ...] = ()
+    metadata: list[Metadata] = []
+    if samples or may_have_metadata(config):
+        known = load_prompts(config.experiment.prompt_fn)
+        prompts = known.spread(samples or WITHOUT_SAMPLES)
+        metadata = known.metadata(prompts)
     reward = build_reward(config, device)
     if not samples:
-        return check_reward(reward, device=device)
+        return check_reward(reward, prompts=prompts, metadata=metadata, device=device)
     policy = build_policy(config, device)
     table = build_kernel(config, policy)
     with policy.reference():
@@ -39,22 +49,34 @@ def check(config: Config, samples: int) -> RewardCheck:
         reward,
         pictures,
         prompts,
-        latent_gradient=latent_gradient(policy, reward, latents, prompts),
+        metadata=metadata,
+        latent_gradient=latent_gradient(policy, reward, latents, prompts, metadata),
     )
 
 
+def may_have_metadata(config: Config) -> bool:
+    """Whether the prompts are a file; named sets, and worlds, have prompts only."""
+    name = config.experiment.prompt_fn
+    given = name not in BUILT_IN and find_file(name) is not None
+    return given and find_family(config).own is None
+
+
 def latent_gradient(
-    policy: Policy, reward: NamedReward, latents: Tensor, prompts: tuple[str, ...]
+    policy: Policy,
+    reward: NamedReward,
+    latents: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
 ) -> Tensor | None:
     """∇_x r(decode(x)) at clean latents, one by one, [B, ...]; None when the reward has none."""
     if not reward.differentiable:
         return None
     log_reward = LogReward(policy, reward, 1.0)
     found = []
-    for latent, prompt in zip(latents, prompts, strict=True):
+    for latent, prompt, about in zip(latents, prompts, metadata, strict=True):
         x = latent[None].detach().requires_grad_()
         try:
-            value = log_reward(x, policy.condition([prompt], ()))
+            value = log_reward(x, policy.condition([prompt], [about]))
         except ConfigError:  # the table says why
             return None
         found.append(torch.autograd.grad(value.sum(), x, allow_unused=True)[0])

@@ -93,6 +93,7 @@ class Plan:
         """What the figures depend on, beside the model."""
         trained = self.config.experiment.reward_fn
         own = find_family(self.config).own
+        told = [self.about.get(prompt, {}) for prompt in self.prompts]
         return {
             "prompts": list(self.prompts),
             "images_per_prompt": self.images_per_prompt,
@@ -100,6 +101,7 @@ class Plan:
             "extractor": "points" if own else self.config.evaluation.extractor,
             "rewards": [trained, *self.held_out],
             "trained_reward": trained,
+            **({"metadata": told} if any(told) else {}),
         }
 
     def settings_of(self, checkpoint: Path | None) -> dict[str, Any]:

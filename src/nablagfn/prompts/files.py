@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ def read_prompts(path: Path) -> PromptSet:
 
     JSON is a list of strings, or of objects with the key `prompt`. A CSV has a column `Prompts` or
     `prompt`, else the first is taken. What else an object or a row has is told to the reward as the
-    prompt's metadata. Raises ConfigError, one line, when the file cannot be read as such, or when a
-    prompt occurs twice with different metadata.
+    prompt's metadata. Raises ConfigError, one line, when the file cannot be read as such, when a
+    row has not a cell for each of several columns, or when a prompt occurs twice with different
+    metadata.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -78,13 +80,29 @@ def _from_csv(text: str) -> Sequence[Entry]:
     for name in NAMES:
         if name in header:
             column = header.index(name)
-            others = [(i, cell.strip()) for i, cell in enumerate(rows[0]) if i != column]
+            others = {i: cell.strip() for i, cell in enumerate(rows[0]) if i != column}
+            others = {i: key for i, key in others.items() if key}
+            if others:
+                _check_table(rows, others)
             return [
-                Entry(row[column], {key: row[i] for i, key in others if key and i < len(row)})
+                Entry(row[column], {key: row[i] for i, key in others.items()})
                 for row in rows[1:]
                 if len(row) > column
             ]
     return [Entry(row[0], {}) for row in rows]
+
+
+def _check_table(rows: Sequence[Sequence[str]], others: Mapping[int, str]) -> None:
+    """Raises ValueError when a cell may stand in the wrong column."""
+    twice = [key for key, count in Counter(others.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]!r}: rename one")
+    for row in rows[1:]:
+        if len(row) <= max(others) or any(cell.strip() for cell in row[len(rows[0]) :]):
+            raise ValueError(
+                f"the row {','.join(row)[:60]!r} has {len(row)} cells, the header {len(rows[0])}: "
+                "put a prompt that has commas in quotes"
+            )
 
 
 PARSERS: dict[str, Callable[[str], Sequence[Entry]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ class PromptSet:
     """A fixed list of prompts to train on, and others held out for measuring (may be none).
 
     about: what a prompt file says beside a prompt (its other columns), which rewards are given as
-    metadata. Raises ConfigError when the set is empty or when an entry is blank.
+    metadata: JSON values, since the run folder keeps them. Raises ConfigError when the set is
+    empty, when an entry is blank, or when a value is not JSON.
     """
 
     prompts: tuple[str, ...]
@@ -30,6 +32,12 @@ class PromptSet:
             raise ConfigError("the prompt set is empty: give at least one prompt")
         if not all(isinstance(p, str) and p.strip() for p in (*self.prompts, *self.held_out)):
             raise ConfigError("every prompt must be a non-empty string")
+        try:  # a copy, as whoever reads the run folder will see it
+            object.__setattr__(self, "about", json.loads(json.dumps(dict(self.about))))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the metadata of a prompt must be JSON, as the run folder keeps it: {error}"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -68,21 +68,23 @@ class RewardCheck:
 
 @dataclass(frozen=True)
 class Checked:
-    """The reward with pictures [B, 3, H, W] to try it on, B >= 2, and a prompt for each."""
+    """The reward with pictures [B, 3, H, W] to try it on, B >= 2, and what is asked of each."""
 
     reward: NamedReward
     images: Tensor
     prompts: tuple[str, ...]
+    metadata: tuple[Metadata, ...]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        """Score the images, [B] float32."""
-        prompts = self.prompts[: len(images)] if prompts is None else prompts
-        return self.reward(images, prompts, _empty(len(images))).float()
+    def __call__(self, images: Tensor, asked: Sequence[int] | None = None) -> Tensor:
+        """Score the images, [m] float32. asked: whose prompt each has; by default its own."""
+        rows = range(len(images)) if asked is None else asked
+        prompts, metadata = [self.prompts[i] for i in rows], [self.metadata[i] for i in rows]
+        return self.reward(images, prompts, metadata).float()
 
-    def values(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+    def values(self, images: Tensor, asked: Sequence[int] | None = None) -> Tensor:
         """Score the images without a gradient."""
         with torch.no_grad():
-            return self(images, prompts)
+            return self(images, asked)
 
     def gradient(self, images: Tensor) -> Tensor | None:
         """∇ of the scores in the pixels, [B, 3, H, W]; None when there is none."""
@@ -93,10 +95,6 @@ class Checked:
             return None
         (found,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
         return None if found is None else found.float()
-
-
-def _empty(count: int) -> list[Metadata]:
-    return [{} for _ in range(count)]
 
 
 def noise(count: int, height: int, width: int, device: torch.device) -> Tensor:
@@ -113,22 +111,33 @@ def check_reward(
     samples: Tensor | None = None,
     prompts: Sequence[str] = (),
     *,
+    metadata: Sequence[Metadata] = (),
     latent_gradient: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> RewardCheck:
     """Try a reward on noise and on `samples` [B, 3, H, W] in [0, 1] of the base model (optional),
     drawn for `prompts`.
 
+    metadata: a mapping per prompt, or nothing. Noise is scored with prompts of its own, or, where
+    a prompt has metadata, with those given: the reward may need what they say.
     latent_gradient: ∇_x r(decode(x)) at the samples, for the advice about reward_scale.
     """
     device = samples.device if samples is not None else torch.device(device)
     height, width = (SIZE, SIZE) if samples is None else samples.shape[-2:]
     images = noise(len(PROMPTS), height, width, device)
-    subject = Checked(reward, images, PROMPTS)
+    known = tuple(metadata) or ({},) * (len(prompts) if samples is None else len(samples))
+    subject = Checked(reward, images, PROMPTS, ({},) * len(PROMPTS))
+    if any(known):
+        chosen = [i % len(known) for i in range(len(PROMPTS))]
+        told = tuple(known[i] for i in chosen)
+        subject = Checked(reward, images, tuple(prompts[i] for i in chosen), told)
     fatal = signature(reward) or runs(subject)
     if fatal:
         return RewardCheck(reward.name, (fatal,))
-    base = None if samples is None else subject.values(samples, list(prompts))
+    base = None
+    if samples is not None:
+        with torch.no_grad():
+            base = reward(samples, list(prompts), known).float()
     rows = [*values(subject), *gradients(subject), *sizes(subject, base)]
     rows += scale(subject, base, latent_gradient)
     return RewardCheck(reward.name, tuple(rows))
@@ -174,9 +183,8 @@ def runs(subject: Checked) -> CheckRow | None:
 def works_in_order(subject: Checked) -> tuple[str, ...] | None:
     """Another order of the three arguments in which it gives a score per picture."""
     count = len(subject.images)
-    arguments: dict[str, Any] = dict(
-        zip(ARGUMENTS, (subject.images, list(subject.prompts), _empty(count)), strict=True)
-    )
+    given = (subject.images, list(subject.prompts), list(subject.metadata))
+    arguments: dict[str, Any] = dict(zip(ARGUMENTS, given, strict=True))
     for order in itertools.permutations(ARGUMENTS):
         try:
             value = subject.reward.function(*(arguments[name] for name in order))
@@ -192,7 +200,7 @@ def works_in_order(subject: Checked) -> tuple[str, ...] | None:
 
 def values(subject: Checked) -> Iterator[CheckRow]:
     """Finite, varying, repeatable, independent of the batch, sensitive to the prompt?"""
-    images, prompts = subject.images, subject.prompts
+    images, rows = subject.images, list(range(len(subject.images)))
     score = subject.values(images)
     yield finite("values", score)
     if not score.isfinite().all():
@@ -203,14 +211,16 @@ def values(subject: Checked) -> Iterator[CheckRow]:
         yield CheckRow("varies", FAIL, "constant: the same score for every picture")
         return
     yield _same("repeatable", subject.values(images), score, spread, "switch off dropout: eval()")
-    alone = torch.cat([subject.values(images[i : i + 1], [p]) for i, p in enumerate(prompts)])
-    turned = subject.values(images.flip(0), prompts[::-1]).flip(0)
+    alone = torch.cat([subject.values(images[i : i + 1], [i]) for i in rows])
+    turned = subject.values(images.flip(0), rows[::-1]).flip(0)
     worst = torch.stack([(alone - score).abs(), (turned - score).abs()]).amax(0)
     advice = "score i must depend on images[i] and prompts[i] only (stale prompts? batch norm?)"
     yield _same("batch-invariant", score + worst, score, spread, advice)
-    moved = float((subject.values(images, prompts[1:] + prompts[:1]) - score).abs().max())
+    moved = float((subject.values(images, rows[1:] + rows[:1]) - score).abs().max())
     sensitive = moved > SAME * spread
     figure = f"{moved:.3g} for other prompts" if sensitive else "ignores the prompt"
+    if len(set(subject.prompts)) == 1:
+        figure = "not measured: there is one prompt"
     yield CheckRow("prompt", INFO, figure)
 
 
@@ -316,7 +326,7 @@ def half_precision(subject: Checked, gradient: Tensor) -> CheckRow:
     """What bfloat16 inside would cost; rewards run in float32."""
     images = subject.images
     with torch.no_grad():
-        value = subject.reward(images, subject.prompts, _empty(len(images)))
+        value = subject.reward(images, subject.prompts, subject.metadata)
     if value.dtype not in (torch.float32, torch.float64):
         return CheckRow("precision", WARN, f"scores are {value.dtype}", "compute in float32")
     try:

@@ -101,5 +101,5 @@ def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
 
 
 def copied(data: Tensor, device: torch.device) -> Tensor:
-    """`data` there."""
+    """Copy `data` to the device."""
     return data.to(device)

@@ -94,7 +94,7 @@ class CheckpointIO:
         )
 
     def restore(self, snapshot: Snapshot) -> Position:
-        """Back to where the snapshot was taken."""
+        """Go back to where the snapshot was taken."""
         self.policy.load_state_dict(snapshot.policy)
         self.modules.load_state_dict(snapshot.modules)
         self.optimizer.load_state_dict(snapshot.optimizer)
@@ -125,7 +125,7 @@ def load_policy(policy: Policy, checkpoint: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Out of sight first, so that a crash leaves no half-removed checkpoint under its name."""
+    """Move it out of sight first: a crash leaves no half-removed checkpoint under its name."""
     aside = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
