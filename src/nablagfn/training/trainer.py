@@ -275,7 +275,7 @@ class Trainer:
             self.folder.write_json("versions.json", self._versions())
             self.folder.write_json("prompts.json", list(self.prompts.prompts))
             self.folder.write_json("held_out.json", list(self.prompts.held_out))
-            if self.prompts.about:
+            if self.prompts.about or self.folder.about():
                 self.folder.write_json(runfolder.ABOUT, dict(self.prompts.about))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()

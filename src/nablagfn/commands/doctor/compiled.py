@@ -63,7 +63,8 @@ class TrainingStep:
         self.x = rng.normal(shape, range(ROWS), seed=0, purpose="doctor").to(patient.device)
         table = build_kernel(patient.config, self.policy)
         self.k = table.at_step(table.num_steps // 2, self.x)
-        self.where = self.policy.condition(patient.prompts.prompts[:1] * ROWS, ())
+        asked = patient.prompts.prompts[:1] * ROWS
+        self.where = self.policy.condition(asked, patient.prompts.metadata(asked))
         self.passes: dict[str, Callable[[], list[Tensor]]] = {
             "drawing": self.drawing,
             "drawing of the frozen model": self.drawing_frozen,

@@ -75,7 +75,8 @@ def gradient(patient: Patient) -> Finding:
     with torch.no_grad():
         images = patient.policy.decode(_sample(patient)).float()
     images.requires_grad_(patient.reward.differentiable)
-    value = patient.reward(images, patient.prompts.prompts[:1], [{}])
+    asked = patient.prompts.prompts[:1]
+    value = patient.reward(images, asked, patient.prompts.metadata(asked))
     text = f"{float(value.detach()):.3g}, "
     if not patient.reward.differentiable:
         return Finding("ok", f"{text}values only")
