@@ -15,6 +15,7 @@ import nablagfn
 from nablagfn.cli import build_parser, resolve_config
 from nablagfn.commands.assemble import check_names
 from nablagfn.config import Config, ConfigError, describe, flatten, merge, set_option
+from nablagfn.methods.registry import find_method
 from nablagfn.prompts import PromptSet, load_prompts, read_prompts
 from nablagfn.recipes.options import apply_overrides, load_config, packaged
 
@@ -535,3 +536,9 @@ def test_a_missing_prompt_set_gives_one_line(spec: str) -> None:
 @pytest.mark.parametrize("prompts", [(), ("",), ("a", " "), ("a", 3)])
 def test_a_prompt_set_has_prompts(prompts: tuple) -> None:
     error_line(lambda: PromptSet(prompts))
+
+
+def test_a_module_that_exits_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "cannot be imported" in error_line(lambda: find_method("leaving:METHOD"))

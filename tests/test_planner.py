@@ -221,3 +221,29 @@ def test_the_command_prints_the_options_or_ends_with_1(
     with pytest.raises(SystemExit) as end:
         main(command)
     assert end.value.code == 1 and "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "built"),
+    [
+        ("nabla-db", {}, True),
+        ("nabla-db", {"model.no_flow": True}, False),
+        ("nabla-db-lambda", {}, True),
+        ("nabla-db-lambda", {"method.return_lambda": 1.0}, False),
+        ("nabla-db-lambda", {"method.return_lambda": 1.0, "method.window": 2}, True),
+        ("dag-db", {"model.no_flow": True}, True),
+        ("adjoint-matching", {}, False),
+    ],
+)
+def test_a_flow_network_is_counted_where_one_is_built(
+    method: str, options: dict[str, object], built: bool, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """In the fixed bytes, and in the objective that is trained."""
+    chosen = {"experiment.method": method, "pretrained.model": str(tiny_folder), **options}
+    config = small_config(tmp_path, **{"experiment.reward_fn": "colourfulness"}, **chosen)
+    fixed = planner.predict(config, torch.device("cpu")).fixed
+    assert (fixed["flow network and its optimizer"] > 0) == built
+    policy = StableDiffusionPolicy(make_pipeline())
+    reward = resolve("colourfulness", torch.device("cpu"))
+    trainer = Trainer(policy, reward, PromptSet(("a cat",)), config, show_progress=False)
+    assert ("flow" in trainer.objective.modules) == built
