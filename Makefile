@@ -43,7 +43,7 @@ report-check: $(READY)  ## the report in headless Chromium (apt-get install chro
 proofs: $(READY)  ## every method on every exact world, docs/proofs.md (an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/proofs.py
 
-frontier: $(READY)  ## every method's reward against diversity: docs/frontier.md, runs/frontier/comparison.html (half an hour)
+frontier: $(READY)  ## every method's reward against diversity and KL: docs/frontier.md, runs/frontier/comparison.html (an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/frontier.py
 
 proofs-demo: $(READY)  ## the demo's claims on three seeds, the gate at 50 steps (half an hour)

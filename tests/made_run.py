@@ -43,6 +43,34 @@ def figures(model: str) -> dict[str, Any]:
     return found if i == 0 else {"kid": {"value": 0.5}, **found, "path_kl": {"value": 7.0 * i}}
 
 
+def certificate(update: int) -> dict[str, Any]:
+    """Efficiency 25 % of 7 nats a checkpoint; the second step spends most."""
+    return {
+        "beta": 1000.0,
+        "figures": {
+            "path_kl": {"value": 3.5 * update, "low": 3.0 * update, "high": 4.0 * update},
+            "least_kl": {"value": 0.875 * update},
+            "efficiency": {"value": 0.25, "low": 0.2, "high": 0.3},
+            "ess": {"value": 0.0625},
+        },
+        "step_kl": [0.25 * update, 3.0 * update, 0.25 * update],
+        "why": "",
+        "notes": [f"few samples {HOSTILE}"],
+    }
+
+
+def frontier() -> list[dict[str, Any]]:
+    """Reward 0 … 8 at 0 … 4 nats."""
+    return [
+        {
+            "beta": k,
+            "kl": {"value": 1.0 * k},
+            "reward": {"value": 2.0 * k, "low": 1.5 * k, "high": 2.5 * k},
+        }
+        for k in range(5)
+    ]
+
+
 def make(path: Path, **options: object) -> RunFolder:
     """Write it. options: by dotted name, dots as double underscores."""
     folder = RunFolder(path)
@@ -94,9 +122,16 @@ def _write_evaluation(folder: RunFolder) -> None:
             "confidence": 0.95,
         },
         "models": [
-            {"name": name, "update": update, "figures": figures(name), "prompts": prompts}
+            {
+                "name": name,
+                "update": update,
+                "figures": figures(name),
+                "prompts": prompts,
+                **({"certificate": certificate(update)} if update else {}),
+            }
             for name, update in MODELS.items()
         ],
+        "frontier": frontier(),
     }
     folder.write_json(
         "evaluation.json",

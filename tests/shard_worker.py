@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from nablagfn import report
 from nablagfn.cli.common import fail
-from nablagfn.commands.evaluate import Request, build_evaluator, evaluate, make_plan
+from nablagfn.commands.assemble import build_evaluator
+from nablagfn.commands.evaluate import EvaluationRequest, evaluate, make_plan
 from nablagfn.config import Config
 from nablagfn.core.types import Losses, Metadata, Transitions
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -135,10 +136,10 @@ def main(model: Path, out: Path) -> None:
     found["cut"] = [cut.finished, cut.updates]
     found["resumed"] = trainer(model, out / "cut", shard=True, **UNMEASURED).fit().updates
     for kind in ("whole", "sharded"):
-        asked = Request(images_per_prompt=3, rewards=(), checkpoints=("update_000002",))
+        asked = EvaluationRequest(images_per_prompt=3, rewards=(), checkpoints=("update_000002",))
         folder = RunFolder(out / f"{kind}_flow")
         evaluate(folder, asked, show=False)
-        built = build_evaluator(make_plan(folder, asked), sharded.accelerator)
+        built = build_evaluator(make_plan(folder, asked).config, sharded.accelerator, about={})
         found[f"evaluated_{kind}"] = bytes_of(built.policy)
     if RANK == 0:
         (out / "found.json").write_text(json.dumps(found), encoding="utf-8")

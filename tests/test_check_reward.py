@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nablagfn.cli import UNUSABLE, main
 from nablagfn.commands.check_reward import latent_gradient
+from nablagfn.metrics.tilting import PromptRows, target_kl
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.rewards import BUILT_IN, NamedReward, named, resolve
 from nablagfn.rewards.check import FAIL, INFO, OK, WARN, RewardCheck, check_reward, noise
@@ -60,7 +61,7 @@ def test_figures_on_noise_and_samples_are_those_of_the_reward() -> None:
     assert "'-brightness'" in found.row("sign").advice
 
 
-def test_the_advised_scale_is_one_over_the_latents_gradient() -> None:
+def test_the_size_of_the_latents_gradient_is_told() -> None:
     policy = StableDiffusionPolicy(make_pipeline(), seed=0)
     reward, prompts = resolve("brightness", CPU), ("a cat", "a dog")
     latents = torch.randn(2, *policy.sample_shape, generator=torch.Generator().manual_seed(0))
@@ -71,8 +72,24 @@ def test_the_advised_scale_is_one_over_the_latents_gradient() -> None:
     torch.testing.assert_close(slope, known)
     samples = policy.decode(latents).detach()
     found = check_reward(reward, samples, prompts, latent_gradient=slope)
-    beta = 1 / known.square().mean().sqrt()
-    assert found.row("reward_scale").figure.startswith(f"{beta:.2g} by the gradient")
+    rms = known.square().mean().sqrt()
+    assert found.row("gradient in latents").figure == f"rms {rms:.2g}"
+    assert found.row("reward_scale").figure.endswith("by the spread")  # one sample of a prompt
+
+
+def test_the_advised_scale_is_that_of_the_target() -> None:
+    """Half a nat from the samples, tilted within each prompt, whose levels differ widely."""
+    level = torch.linspace(0.2, 0.8, 16).repeat(2) * 0.1 + torch.tensor(
+        [0.1, 0.8]
+    ).repeat_interleave(16)
+    samples = level[:, None, None, None].expand(-1, 3, 8, 8)
+    prompts = ["dark"] * 16 + ["bright"] * 16
+    found = check_reward(resolve("brightness", CPU), samples, prompts)
+    figure = found.row("reward_scale").figure
+    assert "0.5 nats" in figure
+    reward, groups = level.double(), PromptRows.of(prompts)
+    beta = float(figure.split()[0])
+    assert float(target_kl(reward, beta, groups)) == pytest.approx(0.5, rel=0.1)
 
 
 # -------------------------------------------------------------------------------- broken rewards
@@ -229,7 +246,7 @@ def test_the_command_fails_for_a_broken_reward(
     assert "detached" in capsys.readouterr().out and not list(tmp_path.glob("runs*"))
 
 
-@pytest.mark.parametrize("samples", ["0", "2"])
+@pytest.mark.parametrize("samples", ["0", "4"])
 def test_the_command_gives_the_metadata_of_the_prompt_file(
     samples: str,
     tmp_path: Path,
@@ -249,7 +266,8 @@ def test_the_command_gives_the_metadata_of_the_prompt_file(
     asked = ["--config.experiment.prompt_fn=told.csv", "--config.sampling.num_steps=4"]
     main(["check-reward", "told_reward_for_tests:score", f"--samples={samples}", *asked])
     text = capsys.readouterr().out
-    assert "for other prompts" in text and ("by the gradient" in text) == (samples == "2")
+    assert ("gradient in latents" in text) == (samples == "4")
+    assert samples == "4" or "for other prompts" in text  # samples of one prompt show no other
 
 
 @pytest.mark.parametrize(

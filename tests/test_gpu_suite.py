@@ -160,7 +160,12 @@ def test_a_step_that_cannot_begin_fails_once(suite: Callable[..., Any], tmp_path
 def test_a_suite_that_is_ended_leaves_nothing_running(number: int, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--small"]
     command += ["--out", str(tmp_path), "--only", "tests:core"]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored behind a shell's &
+    )
     watched = psutil.Process(parent.pid)
     until = time.monotonic() + 60
     while len(found := watched.children(recursive=True)) < 2 and time.monotonic() < until:

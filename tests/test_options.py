@@ -299,6 +299,7 @@ EFFECTS = {
     "sampling.num_batches_per_epoch": world(1),
     "sampling.low_var_subsampling": world(False, method__window=0, model__timestep_fraction=0.5),
     "sampling.scheduler": pictures("dpm-solver", {**PICTURES, "sampling.num_steps": 5}),
+    "sampling.spacing": pictures("logsnr"),
     "sampling.final_sigma": world(0.1),
     "pretrained.model": pictures("/no/such/model", look=refusal),
     "pretrained.revision": Effect("other", revision),

@@ -220,9 +220,9 @@ def test_a_run_trains_on_the_set_and_measures_what_is_held_out(
     measured: set[str] = set()
     draw = evaluation.draw_paths
 
-    def recorded(policy, table, prompts, seeds, *, seed):
+    def recorded(policy, table, prompts, seeds, **options):
         measured.update(prompts)
-        return draw(policy, table, prompts, seeds, seed=seed)
+        return draw(policy, table, prompts, seeds, **options)
 
     monkeypatch.setattr(evaluation, "draw_paths", recorded)
     trained: set[str] = set()

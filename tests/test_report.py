@@ -14,15 +14,27 @@ import pytest
 from PIL import Image
 
 from nablagfn.cli import main
+from nablagfn.config import ConfigError, drawn_with
 from nablagfn.report import build, compare, figures, tables
 from nablagfn.report.diff import differing_versions, outcomes
 from nablagfn.report.pictures import HEIGHT, WIDTH, encode
 from nablagfn.report.read import read
 from nablagfn.report.render import comparison_page, frames, run_page, script, script_hash
 from nablagfn.runs.runfolder import RunFolder
-from tests.made_run import HOSTILE, colour, make
+from tests.made_run import HOSTILE, colour, frontier, make
 
-ALL = ["figures", "said", "pair", "training", "samples", "prompts", "frontier", "curves", "levels"]
+ALL = [
+    "figures",
+    "said",
+    "target",
+    "pair",
+    "training",
+    "samples",
+    "prompts",
+    "frontier",
+    "curves",
+    "levels",
+]
 ALL += ["use", "settings"]
 
 
@@ -136,6 +148,39 @@ def test_the_frontier_runs_from_the_base_over_the_checkpoints(made: Path) -> Non
     assert [round(k.high or 0, 9) for k in kept if k] == [1.05, 1.0, 0.8]
 
 
+def test_the_certificate_of_the_guard_s_best_is_shown(made: Path, page: Page) -> None:
+    record = read(RunFolder(made))
+    table = tables.certificate(record)
+    assert table is not None
+    rows = {row[0]: row[1:3] for row in table.rows}
+    assert rows["efficiency"] == ["25.0%", "20.0% to 30.0%"]
+    assert rows["path KL"] == ["7.000", "6.000 to 8.000"] and rows["ESS"] == ["6.2%", "–"]
+    for text in ("β = 1000", "step 1 of 3", "spends most: 86%", "best possible", HOSTILE):
+        assert text in page.text
+
+
+def test_a_target_with_more_images_of_the_same_prompts_draws_the_frontier(copy: RunFolder) -> None:
+    record = read(copy)
+    assert [point.kl.value for point in record.best] == [0, 1, 2, 3, 4]
+    settings = drawn_with(record.config)
+    target = {"frontier": frontier()[:2], "images_per_prompt": 64, "prompts": ["other"]}
+    target["settings"] = settings
+    copy.write_json("target/target.json", target)
+    assert len(read(copy).best) == 5
+    copy.write_json("target/target.json", {**target, "prompts": list(record.prompts)})
+    assert len(read(copy).best) == 2
+    Image.new("RGB", (40, 20), "red").save(copy.path / "target" / "pictures.png")
+    assert "what a perfect finetune would draw" in Page(run_page(read(copy))).text
+    other = {**settings, "sampler": {**settings["sampler"], "num_steps": 2}}  # another p_pretrained
+    mine = {**target, "prompts": list(record.prompts), "settings": other}
+    copy.write_json("target/target.json", mine)
+    assert len(read(copy).best) == 5
+    assert "what a perfect finetune would draw" not in Page(run_page(read(copy))).text
+    copy.write_json("target/target.json", {"frontier": "none"})
+    with pytest.raises(ConfigError, match=r"target\.json is damaged"):
+        read(copy)
+
+
 def pixel(url: str) -> tuple[int, ...]:
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         return image.convert("RGB").getpixel((image.width // 2, image.height // 2))  # type: ignore
@@ -177,7 +222,7 @@ def test_big_pictures_are_made_small(tmp_path: Path) -> None:
 
 
 MISSING = {
-    "evaluation.json": {"figures", "samples", "prompts", "frontier"},
+    "evaluation.json": {"figures", "target", "samples", "prompts", "frontier"},
     "metrics.jsonl": {"curves"},
     "diagnostics.jsonl": {"levels"},
     "grids": {"pair", "training"},
@@ -297,7 +342,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
 
 def test_a_comparison_has_all_runs_and_what_differs(runs: list[RunFolder], tmp_path: Path) -> None:
     page = Page(compare(runs, tmp_path / "new" / "c.html").read_text(encoding="utf-8"))
-    assert page.sections == ["frontier", "outcomes", "pictures", "differences"]
+    assert page.sections == ["frontier", "plane", "outcomes", "pictures", "differences"]
     assert all(a.startswith(("data:", "#")) for a in page.addresses) and page.without_alt == 0
     for text in ("nabla-db", "refl", "β = 7", "β = 1000", "no β", "one", "two", "three"):
         assert text in page.text
@@ -306,6 +351,31 @@ def test_a_comparison_has_all_runs_and_what_differs(runs: list[RunFolder], tmp_p
         ["model.reward_scale", "1000", "7", "1000"],
         ["experiment.method", "nabla-db", "nabla-db", "refl"],
     ]
+
+
+def test_a_comparison_stands_under_the_frontier(
+    runs: list[RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = comparison_page([read(run) for run in runs])
+    assert "Reward for the KL spent" in page and "best possible" in page
+    folder = RunFolder(tmp_path / "target")
+    names = [str(run.path) for run in runs]
+    out = f"--out={tmp_path / 'page.html'}"
+    with pytest.raises(SystemExit):
+        main(["report", *names, out, f"--target={folder.path}"])
+    assert "has no target.json" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+    settings = drawn_with(read(runs[0]).config)
+    other = {**settings, "reward": ["another", {}]}
+    folder.write_json("target.json", {"frontier": frontier(), "settings": other})
+    with pytest.raises(SystemExit):
+        main(["report", *names, out, f"--target={folder.path}"])
+    assert "is of another reward than" in capsys.readouterr().err
+    folder.write_json("target.json", {"frontier": frontier(), "settings": settings})
+    main(["report", *names, out, f"--target={folder.path}"])
+    assert "best possible" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["report", names[0], f"--target={folder.path}"])
+    assert "--target is for several runs" in capsys.readouterr().err
 
 
 def test_a_run_without_figures_stays_in_the_table(runs: list[RunFolder], tmp_path: Path) -> None:

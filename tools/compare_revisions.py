@@ -6,7 +6,8 @@
 
 Each revision is checked out beside this one and asked through its command line only, on one thread:
 six updates of the demo, two of each method on a small pipeline with random weights, with each
-sampler and kind of prediction, and twenty in a world. Equal means bit for bit: every checkpointed
+sampler and kind of prediction, twenty in a world, and two of the original commands on tiny-animals.
+Equal means bit for bit: every checkpointed
 tensor, and every number of metrics.jsonl, diagnostics.jsonl and evaluation.json but the seconds.
 Otherwise the largest difference is printed, of weights relative to the largest entry of their
 tensor, and the exit status is 1 if the first update's losses and gradient norms differ by more than
@@ -61,6 +62,25 @@ SMALL = {
     "evaluation.num_prompts": 2,
     "evaluation.images_per_prompt": 2,
 }
+ORIGINAL = {  # the README's commands, by what each changes
+    "default": {},
+    "fast": {"model.timestep_fraction": 0.1, "training.gradient_accumulation_steps": 1},
+    "no flow": {"model.timestep_fraction": 0.1, "model.no_flow": True},
+}
+SHORT = {  # what they have in common, on the shipped model, cut to two updates
+    "pretrained.model": "tiny-animals",
+    "experiment.reward_fn": "tiny-aesthetic",
+    "model.reward_scale": 1e4,
+    "model.unet_reg_scale": 2e3,
+    "sampling.low_var_subsampling": True,
+    "sampling.batch_size": 4,
+    "sampling.num_batches_per_epoch": 1,
+    "training.batch_size": 2,
+    "training.gradient_accumulation_steps": 2,
+    "training.num_epochs": 2,
+    "evaluation.num_prompts": 2,
+    "evaluation.images_per_prompt": 2,
+}
 FIRST = ("metrics.jsonl:0.loss", "metrics.jsonl:0.grad_norm")
 SECONDS = ("seconds",)  # what may differ between two equal runs
 
@@ -93,6 +113,8 @@ def cases() -> list[Case]:
     ring = {**QUIET, "training.num_epochs": 20, "evaluation.num_prompts": 0}
     found.append(Case("ring", "worlds/ring", ring))
     found.append(Case("demo", "demo", {**QUIET, **demo, "evaluation.images_per_prompt": 2}))
+    for name, own in ORIGINAL.items():
+        found.append(Case(f"original {name}", "config/aesthetic.py", {**QUIET, **SHORT, **own}))
     return found
 
 

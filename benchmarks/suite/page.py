@@ -115,13 +115,17 @@ GRADIENTS = (
 )
 
 
+UNSAID = ("nablagfn", "platform", "command")  # the commit says more
+
+
 def about(rows: Sequence[Row]) -> str:
     """Card, date, commit, versions."""
     begun = [row for row in rows if row.step == "suite"]
     card = rows[0].on if rows else ""
     found = figures(rows, "machine", "rates").get("versions", {})
     dates = sorted({row.at[:10] for row in rows})
-    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    said = {name: version for name, version in found.items() if name not in UNSAID}
+    versions = ", ".join(f"{name} {version}" for name, version in said.items())
     commits = ", ".join(sorted({str(row.figures.get("commit") or "unknown") for row in begun}))
     small = " A rehearsal with small settings." if any(row.small for row in rows) else ""
     return (

@@ -15,6 +15,8 @@ from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import analytic
+from nablagfn.rewards.offload import offloaded
+from nablagfn.rewards.registry import named
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.trainer import Trainer
 from tests.test_rivals import method_config
@@ -56,9 +58,10 @@ def trainer_on(
 ) -> Trainer:
     """Of the random pipeline."""
     config = settings(method, out, **options)
+    reward = named(reward or analytic.colourfulness)
     return Trainer(
         random_policy(config, device),
-        reward or analytic.colourfulness,
+        offloaded(reward) if config.speed.offload_reward else reward,
         PROMPTS,
         config,
         folder=RunFolder(out / "run"),

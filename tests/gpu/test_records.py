@@ -16,7 +16,7 @@ from nablagfn.methods.registry import METHODS
 from tests.gpu.setting import PRECISION, drawn, trainer_on
 
 ON_THE_CPU = ("row", "step", "seed", "noisy")  # so that choosing rows never waits
-EMBEDS = "embeds"  # in the dtype of the text encoder
+EMBEDS = "prompt_embeds"  # in the dtype of the text encoder
 
 
 def tensors(record: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

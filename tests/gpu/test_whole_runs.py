@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,31 @@ def test_one_process_of_torchrun(device: torch.device, tiny_folder: Path, tmp_pa
     (a,), (b,) = (metrics(f / "colourfulness_seed0") for f in (alone, launched))
     for name in ("reward", "loss_forward", "grad_norm"):
         assert b[name] == pytest.approx(a[name], rel=1e-3), name
+
+
+def test_a_target_and_a_certificate(
+    device: torch.device, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """`target`, `evaluate --resample` and `sample --resample` of a run: figures, and a picture."""
+    done = run(train(*small(tiny_folder, tmp_path), "--config.training.num_epochs=1"))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "colourfulness_seed0"
+    for options in (
+        ("target", "--images-per-prompt=8", "--num-prompts=2"),
+        ("evaluate", "--images-per-prompt=8", "--num-prompts=2", "--resample=2"),
+        ("sample", "--resample=2", "--prompts", "cat", "--seeds", "0", "1"),
+    ):
+        command = [sys.executable, "-m", "nablagfn", options[0], str(folder), *options[1:]]
+        done = run(command)
+        assert done.returncode == 0, done.stderr
+    stated = json.loads((folder / "target" / "target.json").read_text(encoding="utf-8"))
+    kl = [point["kl"]["value"] for point in stated["frontier"]]
+    assert kl == sorted(kl) and kl[-1] > 0.5
+    evaluated = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["evaluated"]
+    last = evaluated["models"][-1]
+    assert last["certificate"]["figures"]["path_kl"]["value"] > 0
+    assert 0 < last["resampled"]["figures"]["distinct"]["value"] <= 1
+    assert list((folder / "samples").glob("*_resampled2.png"))
 
 
 def test_shards_of_one_process(device: torch.device, tiny_folder: Path, tmp_path: Path) -> None:

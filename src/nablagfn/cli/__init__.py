@@ -11,13 +11,24 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..config import ConfigError
-from . import check_reward, diff, doctor, evaluate, export, plan, report, sample, train
+from . import check_reward, diff, doctor, evaluate, export, plan, report, sample, target, train
 from .common import BAD_INPUT, UNUSABLE, Parser, fail
 from .train import resolve_config
 
 __all__ = ["BAD_INPUT", "UNUSABLE", "build_parser", "main", "resolve_config"]
 
-COMMANDS = (train, sample, evaluate, report, diff, export, check_reward, plan, doctor)
+COMMANDS = (
+    train,
+    target,
+    sample,
+    evaluate,
+    report,
+    diff,
+    export,
+    check_reward,
+    plan,
+    doctor,
+)
 
 
 def build_parser() -> Parser:

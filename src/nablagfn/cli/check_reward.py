@@ -23,7 +23,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("reward", nargs="?", default="", help="default: experiment.reward_fn")
     parser.add_argument(
-        "--samples", type=int, default=8, help="pictures of the base model to try it on; 0: none"
+        "--samples",
+        type=int,
+        default=32,
+        help="pictures of the base model to try it on, 8 of each prompt; 0: none",
     )
 
 

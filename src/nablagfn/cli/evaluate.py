@@ -45,6 +45,14 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--checkpoints", nargs="+", default=[], metavar="NAME", help="default: all complete ones"
     )
+    parser.add_argument(
+        "--resample",
+        type=int,
+        default=0,
+        metavar="K",
+        help="measure each checkpoint also with K paths for each sample, of which those are kept "
+        "that the target p_pretrained·exp(βr) would have drawn; default: 0, off",
+    )
     parser.add_argument("--extractor", default="", help="default: evaluation.extractor")
     parser.add_argument(
         "--weights", default="", help="folder with weights of rewards and extractors"
@@ -56,11 +64,11 @@ def add(commands: Any) -> None:
 
 def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """All runs are checked before the first is measured; a table for each."""
-    from ..commands.evaluate import Request, carry_out, make_plan, tables
+    from ..commands.evaluate import EvaluationRequest, carry_out, make_plan, tables
     from ..runs.progress import console
     from ..runs.runfolder import RunFolder
 
-    request = Request(
+    request = EvaluationRequest(
         prompts=tuple(arguments.prompts),
         prompt_file=arguments.prompt_file,
         num_prompts=arguments.num_prompts,
@@ -70,6 +78,7 @@ def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         extractor=arguments.extractor,
         weights=arguments.weights,
         batch_size=arguments.batch_size,
+        resample=arguments.resample,
     )
     for plan in [make_plan(RunFolder(run), request) for run in arguments.runs]:
         found = carry_out(plan)

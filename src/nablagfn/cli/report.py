@@ -21,6 +21,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help=f"of several runs; default: ./{COMPARISON}"
     )
+    parser.add_argument(
+        "--target",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="of several runs: a folder of `nablagfn target`, whose frontier is drawn above them",
+    )
 
 
 def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -30,7 +37,10 @@ def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     folders = [RunFolder(run) for run in arguments.runs]
     if len(folders) > 1:
-        print(f"comparison: {compare(folders, arguments.out or COMPARISON)}")
+        made = compare(folders, arguments.out or COMPARISON, arguments.target)
+        print(f"comparison: {made}")
+    elif arguments.target is not None:
+        raise ConfigError("--target is for several runs; that of one is RUN/target")
     elif arguments.out is not None:
         raise ConfigError("--out is for several runs; the report of one is RUN/report.html")
     else:

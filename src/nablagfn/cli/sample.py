@@ -18,6 +18,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompts", nargs="+", default=[], help="default: some of the run's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--checkpoint", default="", help="a folder name in RUN/checkpoints")
+    parser.add_argument(
+        "--resample",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw K paths for each finetuned picture and keep those that the target "
+        "p_pretrained·exp(βr) would have drawn; default: 0, off",
+    )
     parser.add_argument("--out", type=Path, default=None, help="default: RUN/samples/….png")
 
 
@@ -32,5 +40,6 @@ def sample(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         seeds=arguments.seeds,
         checkpoint=arguments.checkpoint,
         out=arguments.out,
+        resample=arguments.resample,
     )
     print(f"pictures: {target} (for each prompt: base above, finetuned below)")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from .. import rewards
 from ..config import Config, ConfigError
-from ..core.types import Policy, Recogniser, Reward, View
-from ..evaluation import PictureView, draw
+from ..core.types import Metadata, Policy, Recogniser, Reward, View
+from ..evaluation import Evaluator, PictureView, draw
 from ..evaluation.extractors import Extractor, embedded, load_extractor
+from ..evaluation.resampling import Correction
 from ..families import claimed, find_family
 from ..methods.build import build_kernel
+from ..methods.registry import target_of
 from ..models.locate import critics_of
 from ..models.shard import check_several
 from ..models.tune import check_speed, compile_modules
@@ -22,8 +25,8 @@ from ..prompts import PromptSet, load_prompts
 from ..rewards import NamedReward
 from ..rewards.critics import AnimalClassifier
 from ..runs.runfolder import RunFolder
-from ..runtime.distributed import from_main_process, process_state
-from ..training.checkpoint import load_policy
+from ..runtime.distributed import from_main_process, process_state, set_backend_flags
+from ..training.checkpoint import guard_factor, load_policy
 from ..training.runlog import make_accelerator
 from ..training.trainer import Callback, Trainer
 
@@ -152,6 +155,48 @@ def build_trainer(
     )
 
 
+def build_evaluator(
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    about: Mapping[str, Metadata],
+    held_out: Sequence[str] = (),
+) -> Evaluator:
+    """Load in the order of cost: rewards and extractor first, the model last.
+
+    about: the metadata of prompts that have some. held_out: names of rewards to measure as well.
+    """
+    device = accelerator.device
+    set_backend_flags(config)
+    reward = build_reward(config, device)
+    others = rewards.resolve_all(tuple(held_out), device, config.reward.weights)
+    view = build_view(config, build_extractor(config, device))
+    several = accelerator.num_processes > 1
+    policy = build_policy(config, device, shard=config.training.shard_base and several)
+    return Evaluator(
+        accelerator,
+        policy,
+        reward,
+        build_kernel(config, policy),
+        batch_size=config.evaluation.batch_size or config.sampling.batch_size,
+        seed=config.evaluation.seed,
+        view=view,
+        recogniser=build_recogniser(config, device),
+        held_out=others,
+        about=about,
+    )
+
+
+def beta_to_resample(config: Config, paths: int, factor: float = 1.0) -> float:
+    """β after the guard's factor. Raises ConfigError for a run without a target, or K < 2."""
+    if paths < 2:
+        raise ConfigError(f"--resample {paths}: give 2 or more paths for each sample, or 0")
+    aim = target_of(config, factor)
+    if aim.beta is None:
+        raise ConfigError(f"--resample needs a target: {aim.why}")
+    return aim.beta
+
+
 def side_by_side(
     folder: RunFolder,
     *,
@@ -159,24 +204,43 @@ def side_by_side(
     seeds: Sequence[int] = (0, 1, 2, 3),
     checkpoint: str = "",
     out: Path | None = None,
+    resample: int = 0,
 ) -> Path:
     """A picture: per prompt one row of the base model and one of the finetuned, same seeds.
 
-    Raises ConfigError when the run has no (such) checkpoint.
+    resample: so many paths for each finetuned sample, of which the target's are kept. Raises
+    ConfigError when the run has no (such) checkpoint, or for resampling without a target.
     """
     config = folder.config()
     chosen = folder.checkpoint(checkpoint)
+    beta = beta_to_resample(config, resample, guard_factor(chosen)) if resample else 0.0
     policy = build_policy(config, process_state().device)
     load_policy(policy, chosen)
     table = build_kernel(config, policy)
+    correction = None
+    if resample:
+        correction = Correction(
+            policy,
+            table,
+            build_reward(config, process_state().device),
+            beta=beta,
+            paths=resample,
+            about=folder.about(),
+            batch=config.evaluation.batch_size or config.sampling.batch_size,
+            seed=0,
+        )
     wanted = list(prompts) or list(PromptSet(tuple(folder.read_json("prompts.json"))).spread(4))
     rows = []
     for prompt in wanted:
         repeated = [prompt] * len(seeds)
         with policy.reference():
             rows.append(draw(policy, table, repeated, seeds, seed=0))
-        rows.append(draw(policy, table, repeated, seeds, seed=0))
-    target = out or folder.path / "samples" / f"{chosen.name}.png"
+        if correction is None:
+            rows.append(draw(policy, table, repeated, seeds, seed=0))
+        else:
+            rows.append(correction.draw(prompt, seeds))
+    name = f"{chosen.name}_resampled{resample}" if resample else chosen.name
+    target = out or folder.path / "samples" / f"{name}.png"
     asked = [prompt for prompt in wanted for _ in range(2 * len(seeds))]
-    build_view(config).save(torch.cat(rows), asked, target, len(seeds))
+    build_view(config).save(torch.cat([row.cpu() for row in rows]), asked, target, len(seeds))
     return target

@@ -13,9 +13,9 @@ from ..core.types import Metadata, Policy
 from ..evaluation import decoded, draw_paths
 from ..families import find_family
 from ..methods.build import build_kernel
-from ..prompts import BUILT_IN, load_prompts
+from ..prompts import BUILT_IN, PromptSet, load_prompts
 from ..rewards import NamedReward
-from ..rewards.check import RewardCheck, check_reward
+from ..rewards.check import LEAST, RewardCheck, check_reward
 from ..runtime.distributed import process_state
 from .assemble import build_policy, build_reward
 
@@ -34,7 +34,7 @@ def check(config: Config, samples: int) -> RewardCheck:
     metadata: list[Metadata] = []
     if samples or may_have_metadata(config):
         known = load_prompts(config.experiment.prompt_fn)
-        prompts = known.spread(samples or WITHOUT_SAMPLES)
+        prompts = several_each(known, samples) if samples else known.spread(WITHOUT_SAMPLES)
         metadata = known.metadata(prompts)
     reward = build_reward(config, device)
     if not samples:
@@ -52,6 +52,12 @@ def check(config: Config, samples: int) -> RewardCheck:
         metadata=metadata,
         latent_gradient=latent_gradient(policy, reward, latents, prompts, metadata),
     )
+
+
+def several_each(known: PromptSet, samples: int) -> tuple[str, ...]:
+    """The prompt of each sample: LEAST of each prompt, so that they tell how rewards spread."""
+    chosen = known.spread(max(1, samples // LEAST))
+    return tuple(sorted((chosen * samples)[:samples], key=chosen.index))
 
 
 def may_have_metadata(config: Config) -> bool:

@@ -21,38 +21,36 @@ from .. import rewards
 from ..config import Config, ConfigError, set_option
 from ..core.types import Metadata
 from ..evaluation import Evaluator, Measured, figures, per_prompt, thumbnails
+from ..evaluation.certificate import Bootstrap, certificate, frontier
 from ..evaluation.files import read_samples, write_samples
+from ..evaluation.resampling import distinct_share, draw_of_both, resample
 from ..families import find_family
-from ..methods.build import build_kernel
+from ..methods.registry import target_of
+from ..metrics.intervals import Interval
 from ..models.locate import critics_of
 from ..prompts import PromptSet, read_prompts
 from ..rewards.weights import CLIP_L, Finder
 from ..runs.hub import sha256_of
 from ..runs.progress import Bar
 from ..runs.runfolder import RunFolder, complete_checkpoints
-from ..runtime.distributed import from_main_process, set_backend_flags
-from ..training.checkpoint import load_policy
-from .assemble import (
-    build_extractor,
-    build_policy,
-    build_recogniser,
-    build_reward,
-    build_view,
-    check_names,
-)
+from ..runtime.distributed import from_main_process
+from ..training.checkpoint import guard_factor, load_policy
+from .assemble import beta_to_resample, build_evaluator, check_names
 
 IMAGES_PER_PROMPT = 16
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
 BASE = "base"
-COLUMNS = 4  # models in a table
+OF_ONE_PATH = ("path_kl", "drift")  # of a sampler and its noise: nothing of resampled paths
+COLUMNS = 3  # models in a table
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is asked for; empty values stand for the defaults of the run.
 
     rewards: held-out rewards; None: those of `evaluation.held_out_rewards` and text alignment.
+    resample: paths for each sample of a resampled model; 0: no such models.
     """
 
     prompts: tuple[str, ...] = ()
@@ -64,6 +62,7 @@ class Request:
     extractor: str = ""
     weights: str = ""
     batch_size: int = 0
+    resample: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ class Plan:
     held_out: tuple[str, ...]
     checkpoints: tuple[Path, ...]
     about: Mapping[str, Metadata]
+    resample: int = 0
 
     @property
     def asked(self) -> list[str]:
@@ -87,6 +87,23 @@ class Plan:
     def models(self) -> dict[str, Path | None]:
         """The base model and the checkpoints, oldest first, by name."""
         return {BASE: None, **{path.name: path for path in self.checkpoints}}
+
+    def resampled(self, name: str) -> str:
+        """The name of a checkpoint's resampled samples."""
+        return f"{name}_resampled{self.resample}"
+
+    @property
+    def all_models(self) -> dict[str, Path | None]:
+        """`models`, and the resampled ones."""
+        found = self.models
+        if not self.resample:
+            return found
+        again = {self.resampled(path.name): path for path in self.checkpoints}
+        return {**found, **again}
+
+    def paths(self, name: str) -> int:
+        """How many paths are drawn for each sample of a model."""
+        return self.resample if name not in self.models else 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,7 +130,7 @@ class Plan:
 # -------------------------------------------------------------------------------- checks
 
 
-def make_plan(folder: RunFolder, request: Request) -> Plan:
+def make_plan(folder: RunFolder, request: EvaluationRequest) -> Plan:
     """Check everything that can be known before anything is loaded. Raises ConfigError."""
     config = folder.config()
     if request.extractor:
@@ -132,10 +149,18 @@ def make_plan(folder: RunFolder, request: Request) -> Plan:
         choose_rewards(config, request, own),
         choose_checkpoints(folder, request.checkpoints),
         known_about(folder, request),
+        choose_paths(config, request),
     )
 
 
-def known_about(folder: RunFolder, request: Request) -> Mapping[str, Metadata]:
+def choose_paths(config: Config, request: EvaluationRequest) -> int:
+    """K of the resampled models; 0 for none. Raises ConfigError where there is no target."""
+    if request.resample:
+        beta_to_resample(config, request.resample)
+    return request.resample
+
+
+def known_about(folder: RunFolder, request: EvaluationRequest) -> Mapping[str, Metadata]:
     """The metadata of the run's prompts, and of the file's."""
     if not request.prompt_file:
         return folder.about()
@@ -154,7 +179,9 @@ def choose_checkpoints(folder: RunFolder, names: Sequence[str]) -> tuple[Path, .
     return tuple(path for name, path in found.items() if not names or name in names)
 
 
-def choose_prompts(folder: RunFolder, config: Config, request: Request) -> tuple[str, ...]:
+def choose_prompts(
+    folder: RunFolder, config: Config, request: EvaluationRequest
+) -> tuple[str, ...]:
     """Those given, else the run's held-out prompts, else its prompts. Raises ConfigError."""
     if request.prompts and request.prompt_file:
         raise ConfigError("give --prompts or --prompt-file, not both")
@@ -175,7 +202,7 @@ def choose_prompts(folder: RunFolder, config: Config, request: Request) -> tuple
     return chosen.prompts
 
 
-def choose_count(config: Config, request: Request, own: bool) -> int:
+def choose_count(config: Config, request: EvaluationRequest, own: bool) -> int:
     """Samples per prompt; by default those of the run in a world, whose points cost little."""
     usual = config.evaluation.images_per_prompt if own else IMAGES_PER_PROMPT
     count = request.images_per_prompt or usual
@@ -184,7 +211,7 @@ def choose_count(config: Config, request: Request, own: bool) -> int:
     return count
 
 
-def choose_rewards(config: Config, request: Request, own: bool) -> tuple[str, ...]:
+def choose_rewards(config: Config, request: EvaluationRequest, own: bool) -> tuple[str, ...]:
     """Names of the held-out rewards, the trained one left out. Raises ConfigError."""
     names = request.rewards
     if own and names:
@@ -211,7 +238,7 @@ def text_alignment(config: Config) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------- the work
 
 
-def evaluate(folder: RunFolder, request: Request, *, show: bool = True) -> dict[str, Any]:
+def evaluate(folder: RunFolder, request: EvaluationRequest, *, show: bool = True) -> dict[str, Any]:
     """Measure a run's models and write its evaluation.json; returns what is under "evaluated".
 
     The work is shared by all processes; only the first writes. Raises ConfigError.
@@ -219,15 +246,25 @@ def evaluate(folder: RunFolder, request: Request, *, show: bool = True) -> dict[
     return carry_out(make_plan(folder, request), show=show)
 
 
+def evaluate_run(
+    run: str | Path, request: EvaluationRequest | None = None, *, show: bool = True
+) -> dict[str, Any]:
+    """`evaluate` by the folder's path, as `RunResult.folder` has it. Raises ConfigError."""
+    return evaluate(RunFolder(Path(run)), request or EvaluationRequest(), show=show)
+
+
 def carry_out(plan: Plan, *, show: bool = True) -> dict[str, Any]:
     """`evaluate` with a plan that has been made."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     main = accelerator.is_main_process
     with plan.folder.lock() if main else nullcontext():
-        evaluator = build_evaluator(plan, accelerator)
+        evaluator = build_evaluator(
+            plan.config, accelerator, about=plan.about, held_out=plan.held_out
+        )
         known = known_models(plan) if main else {}
-        todo = from_main_process([name for name in plan.models if name not in known])
-        with Bar("evaluating", len(todo) * len(plan.asked), show=show and main) as bar:
+        todo = from_main_process([name for name in plan.all_models if name not in known])
+        whole = sum(plan.paths(name) for name in todo) * len(plan.asked)
+        with Bar("evaluating", whole, show=show and main) as bar:
             for name in todo:
                 bar.note(name)
                 found = measure(plan, evaluator, name, bar)
@@ -240,74 +277,93 @@ def carry_out(plan: Plan, *, show: bool = True) -> dict[str, Any]:
         return from_main_process(result)
 
 
-def build_evaluator(plan: Plan, accelerator: Accelerator) -> Evaluator:
-    """Load in the order of cost: rewards and extractor first, the model last."""
-    config, device = plan.config, accelerator.device
-    set_backend_flags(config)
-    reward = build_reward(config, device)
-    held_out = rewards.resolve_all(plan.held_out, device, config.reward.weights)
-    view = build_view(config, build_extractor(config, device))
-    several = accelerator.num_processes > 1
-    policy = build_policy(config, device, shard=config.training.shard_base and several)
-    return Evaluator(
-        accelerator,
-        policy,
-        reward,
-        build_kernel(config, policy),
-        batch_size=config.evaluation.batch_size or config.sampling.batch_size,
-        seed=config.evaluation.seed,
-        view=view,
-        recogniser=build_recogniser(config, device),
-        held_out=held_out,
-        about=plan.about,
-    )
-
-
 def known_models(plan: Plan) -> dict[str, Measured]:
     """The models that an earlier start has finished with the same settings."""
     found = {
-        name: read_samples(plan.folder.evaluation / name, plan.settings_of(checkpoint))
-        for name, checkpoint in plan.models.items()
+        name: read_samples(plan.folder.evaluation / name, settings_for(plan, name))
+        for name in plan.all_models
     }
     return {name: measured for name, measured in found.items() if measured is not None}
 
 
+def settings_for(plan: Plan, name: str) -> dict[str, Any]:
+    """What a model's figures depend on."""
+    checkpoint, paths = plan.all_models[name], plan.paths(name)
+    settings = plan.settings_of(checkpoint)
+    if paths > 1:
+        return {**settings, "paths": paths}
+    return {**settings, "both": True} if has_target(plan, checkpoint) else settings
+
+
 def measure(plan: Plan, evaluator: Evaluator, name: str, bar: Bar) -> Measured | None:
     """Draw one model's samples and write its folder; None but on the first process."""
-    checkpoint = plan.models[name]
+    checkpoint, paths = plan.all_models[name], plan.paths(name)
     if checkpoint is not None:
         load_policy(evaluator.policy, checkpoint)
-    samples = evaluator.samples(
-        plan.asked, reference=checkpoint is None, on_done=bar.advance, keep=thumbnails
-    )
+    if paths > 1:
+        samples = draw_of_both(evaluator, plan.asked, paths, on_done=bar.advance, keep=thumbnails)
+    else:
+        samples = evaluator.samples(
+            plan.asked,
+            reference=checkpoint is None,
+            both=has_target(plan, checkpoint),
+            on_done=bar.advance,
+            keep=thumbnails,
+        )
     if not evaluator.accelerator.is_main_process:
         return None
+    if paths > 1:
+        assert checkpoint is not None
+        beta = beta_to_resample(plan.config, paths, guard_factor(checkpoint))
+        samples = resample(samples, beta, paths, plan.config.evaluation.seed)
     place = plan.folder.evaluation / name
-    return write_samples(place, samples, evaluator.view, plan.settings_of(checkpoint))
+    return write_samples(place, samples, evaluator.view, settings_for(plan, name))
+
+
+def has_target(plan: Plan, checkpoint: Path | None) -> bool:
+    """Whether there are weights that its certificate needs the pretrained model's paths for."""
+    if checkpoint is None:
+        return False
+    return target_of(plan.config, guard_factor(checkpoint)).beta is not None
 
 
 def summary(plan: Plan, known: dict[str, Measured]) -> dict[str, Any]:
     """The settings, and each model's figures with intervals and by prompt, base first."""
-    models = []
-    for name, checkpoint in plan.models.items():
-        base = None if checkpoint is None else known[BASE]
-        found = figures(
-            known[name],
-            base,
-            resamples=RESAMPLES,
-            confidence=CONFIDENCE,
-            seed=plan.config.evaluation.seed,
-        )
-        models.append(
-            {
-                "name": name,
-                "update": 0 if checkpoint is None else int(name.removeprefix("update_")),
-                "figures": {figure: asdict(interval) for figure, interval in found.items()},
-                "prompts": per_prompt(known[name], base),
-            }
-        )
+    seed = plan.config.evaluation.seed
+    bootstrap = Bootstrap.of(known[BASE].prompts, RESAMPLES, CONFIDENCE, seed)
+    models = [row_of(plan, name, known, bootstrap) for name in plan.models]
     settings = {**plan.settings, "resamples": RESAMPLES, "confidence": CONFIDENCE}
-    return {"settings": settings, "models": models}
+    best = [asdict(point) for point in frontier(known[BASE], bootstrap)]
+    return {"settings": settings, "models": models, "frontier": best}
+
+
+def row_of(
+    plan: Plan, name: str, known: Mapping[str, Measured], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """One model's figures, and of a finetuned one its certificate."""
+    checkpoint = plan.models[name]
+    base = None if checkpoint is None else known[BASE]
+    seed = plan.config.evaluation.seed
+    found = figures(known[name], base, resamples=RESAMPLES, confidence=CONFIDENCE, seed=seed)
+    row: dict[str, Any] = {
+        "name": name,
+        "update": 0 if checkpoint is None else int(name.removeprefix("update_")),
+        "figures": {figure: asdict(interval) for figure, interval in found.items()},
+        "prompts": per_prompt(known[name], base),
+    }
+    if checkpoint is None or base is None:
+        return row
+    target = target_of(plan.config, guard_factor(checkpoint))
+    made = certificate(known[name], base, target.beta, bootstrap, target.why)
+    row["certificate"] = made.as_dict()
+    if plan.resample:
+        again = known[plan.resampled(name)]
+        # kept samples share their few paths: the spread among them is not that of other noise
+        found = figures(again, base, resamples=0, confidence=CONFIDENCE, seed=seed)
+        found |= {"distinct": Interval(distinct_share(again))}
+        kept = {n: asdict(figure) for n, figure in found.items() if n not in OF_ONE_PATH}
+        row["resampled"] = {"paths": plan.resample, "figures": kept}
+    return row
 
 
 # -------------------------------------------------------------------------------- the table
@@ -316,26 +372,40 @@ def summary(plan: Plan, known: dict[str, Measured]) -> dict[str, Any]:
 def tables(title: str, evaluated: dict[str, Any]) -> Iterator[Table]:
     """One row per figure, one column per model, the interval below the value; a few models each,
     so that a table fits on a screen."""
-    models = evaluated["models"]
+    models = [column for model in evaluated["models"] for column in columns_of(model)]
     names = list(dict.fromkeys(name for model in models for name in model["figures"]))
     for start in range(0, len(models), COLUMNS):
         shown = models[start : start + COLUMNS]
         made = Table(title=title, caption=caption(evaluated["settings"]), box=SIMPLE)
-        made.add_column("figure", overflow="fold")
+        made.add_column("figure", overflow="fold", min_width=12)
         for model in shown:
-            heading = f"update {model['update']}" if model["update"] else model["name"]
-            made.add_column(heading, justify="right", no_wrap=True)
+            made.add_column(model["heading"], justify="right", no_wrap=True)
         for name in names:
             made.add_row(name, *(cell(model["figures"].get(name)) for model in shown))
         yield made
+
+
+def columns_of(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A model's figures with those of its certificate, and its resampled ones."""
+    heading = f"update {model['update']}" if model["update"] else model["name"]
+    certified = model.get("certificate", {}).get("figures", {})
+    yield {
+        "heading": heading,
+        "figures": model["figures"]
+        | {k: v for k, v in certified.items() if k not in model["figures"]},
+    }
+    if "resampled" in model:
+        again = model["resampled"]
+        yield {"heading": f"1 of {again['paths']} paths", "figures": again["figures"]}
 
 
 def cell(figure: dict[str, Any] | None) -> str:
     """The value, and its interval in a second line."""
     if figure is None:
         return ""
-    text = f"{figure['value']:.3g}"
-    return text if figure["low"] is None else f"{text}\n{figure['low']:.3g}…{figure['high']:.3g}"
+    known = [figure[end] for end in ("value", "low", "high") if figure[end] is not None]
+    value, *ends = (f"{number + 0.0:.3g}" for number in known)  # 0 is shown without a sign
+    return "\n".join((value, "…".join(ends))) if ends else value
 
 
 def caption(settings: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ paper's (`docs/options.md` is generated from here).
 
 from .base import ConfigError, Group
 from .config import Config
+from .drawn import drawn_with
 from .evaluation import Evaluation
 from .experiment import Experiment
 from .guard import GuardSettings
@@ -37,6 +38,7 @@ __all__ = [
     "Speed",
     "Training",
     "describe",
+    "drawn_with",
     "find_file",
     "flatten",
     "merge",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Group, Name
+from .base import Group, Lower, Name
 
 
 class Sampling(Group):
@@ -27,6 +27,12 @@ class Sampling(Group):
         min_length=1,
         description="ddim (with sampling.eta), ddpm, dpm-solver (SDE-DPM-Solver++), or "
         "package.module:object for your own",
+    )
+    spacing: Annotated[Literal["leading", "trailing", "logsnr", "angle"], Lower] = Field(
+        "leading",
+        description="where the steps lie: leading (the model's own grid in diffusers), trailing "
+        "(equal steps of the time from the noisiest), logsnr (all steps weigh alike in the path "
+        "KL) or angle (of arctan(σ/α))",
     )
     final_sigma: float = Field(
         0.0,

@@ -5,14 +5,24 @@ Both are Markov chains of Gaussians with the same σ_k, so by the chain rule of 
     KL(p_θ‖p_#) = E_{p_θ} Σ_k KL(p_θ(·|x_k)‖p_#(·|x_k)) = E_{p_θ} Σ_k ½‖(m_θ − m_#)(x_k)/σ_k‖²
 
 (Girsanov's formula in discrete time). By data processing it bounds the KL of the clean samples.
+
+The same pass gives each path's weight against the target p_#(path)·exp(β·r(x_N))/Z:
+
+    log w = β·r(x_N) − Σ_k log p_θ(x_{k+1}|x_k)/p_#(x_{k+1}|x_k)
+
+Exact, because every step is Gaussian; constant (log Z) for a sampler that hits its target.
 """
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .kernels import KernelTable, Step
+from .kernels import KernelTable, Step, log_ratio
 from .types import Policy, Trajectories
 
 
@@ -21,17 +31,69 @@ def step_kl(output: Tensor, output_ref: Tensor, k: Step) -> Tensor:
     return 0.5 * (k.c2 / k.std * (output - output_ref)).square().flatten(1).sum(1)
 
 
-def path_kl(policy: Policy, table: KernelTable, paths: Trajectories) -> Tensor:
-    """Each step's KL along paths drawn by the policy as it is, in nats, [B, N].
+def step_weights(table: KernelTable) -> Tensor:
+    """(c2/σ)² of each step for ε, [N] float64: KL_k = ½·weight·‖Δε‖² of two samplers.
 
-    The mean over paths of the rows' sums estimates KL(p_θ‖p_#). Costs N evaluations of the frozen
-    model a path; `paths.output` are the policy's own.
+    SNR_{k+1}/SNR_k − 1 at η = 1. From no signal at all, where ε says nothing of the clean sample,
+    it is that of the network's own output.
     """
-    found = []
-    with torch.no_grad(), policy.reference():
+    alpha, sigma = table.schedule.alpha[:-1], table.schedule.sigma[:-1]
+    c2 = torch.where(alpha > 0, table.on_clean * sigma / alpha, table.c2)
+    return (c2 / table.std).square()
+
+
+@dataclass(frozen=True, eq=False)
+class PathRatio:
+    """Paths of the policy against the pretrained model's, step by step, [B, N] each, nats.
+
+    kl: KL(p_θ(·|x_k)‖p_#(·|x_k)). log_ratio: log p_θ(x_{k+1}|x_k)/p_#(x_{k+1}|x_k) of the step
+    that was taken, whose mean over the policy's paths is that of kl.
+    """
+
+    kl: Tensor
+    log_ratio: Tensor
+
+
+def log_weight(log_ratio: Tensor, reward: Tensor, beta: float, base_share: float = 0.0) -> Tensor:
+    """log w of paths, [B] float64: of the policy's, or of some with a share a of the pretrained
+    model's among them, log w = β·r − log((1 − a)·p_θ/p_# + a).
+
+    With a > 0 no weight exceeds exp(βr)/a, whatever the policy has learned: a defensive mixture
+    (Hesterberg, Technometrics 1995, of importance sampling). log_ratio: [B] log p_θ/p_# of the
+    paths. reward: [B] r of their pictures. base_share: a, 0 ≤ a < 1.
+    """
+    drawn = log_ratio.double()
+    if base_share:
+        part = drawn.new_tensor(math.log(base_share))
+        drawn = torch.logaddexp(drawn + math.log1p(-base_share), part)
+    return beta * reward.double() - drawn
+
+
+def path_ratio(
+    policy: Policy, table: KernelTable, paths: Trajectories, *, of_reference: bool = False
+) -> PathRatio:
+    """Of paths drawn by the policy as it is, or of_reference: by the pretrained model.
+
+    Costs N evaluations of the other of the two a path.
+    """
+    kl, ratios = [], []
+    with torch.no_grad(), nullcontext() if of_reference else policy.reference():
         for step in range(paths.num_steps):
             x = paths.x[:, step]
             k = table.at_step(step, x)
+            output = paths.output[:, step]
             output_ref = policy.output(x, k.here.time, paths.condition)
-            found.append(step_kl(paths.output[:, step], output_ref, k))
-    return torch.stack(found, 1)
+            if of_reference:
+                output, output_ref = output_ref, output
+            kl.append(step_kl(output, output_ref, k))
+            moved = log_ratio(x, paths.x[:, step + 1], output, output_ref, k)
+            ratios.append(moved.flatten(1).double().sum(1))
+    return PathRatio(torch.stack(kl, 1), torch.stack(ratios, 1))
+
+
+def path_kl(policy: Policy, table: KernelTable, paths: Trajectories) -> Tensor:
+    """Each step's KL along paths drawn by the policy as it is, in nats, [B, N].
+
+    The mean over paths of the rows' sums estimates KL(p_θ‖p_#).
+    """
+    return path_ratio(policy, table, paths).kl

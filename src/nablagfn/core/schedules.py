@@ -36,7 +36,7 @@ class Schedule:
         known = (self.alpha >= 0) & (self.sigma >= 0)
         if not bool(rising.all() & known.all() & (self.sigma[:-1] > 0).all()):
             raise ValueError(
-                f"the times {[round(t, 6) for t in self.time.tolist()]} do not lead from noise to "
+                f"the times {_some(self.time)} do not lead from noise to "
                 "clean: every step needs noise, so they must fall strictly and stay above the end"
             )
 
@@ -44,6 +44,12 @@ class Schedule:
     def alpha_bar(self) -> Tensor:
         """ᾱ = α²/(α² + σ²), [N+1]: the share of the signal."""
         return self.alpha.square() / (self.alpha.square() + self.sigma.square())
+
+
+def _some(time: Tensor) -> str:
+    """The times, or the ends of many."""
+    words = [f"{t:.6g}" for t in time.tolist()]
+    return ", ".join(words if len(words) <= 12 else [*words[:4], "…", *words[-4:]])
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,13 @@ class Levels:
 
 
 class Noising(Protocol):
-    """The forward process of a model. noisiest, cleanest: the times of its ends."""
+    """The forward process of a model. noisiest, cleanest: the times of its ends.
+
+    whole: its times are whole numbers.
+    """
+
+    @property
+    def whole(self) -> bool: ...
 
     @property
     def noisiest(self) -> float: ...
@@ -71,6 +83,10 @@ class Noising(Protocol):
         """The time at which σ is that; the nearest where times are whole numbers."""
         ...
 
+    def time_at(self, angle: float) -> float:
+        """The time at which arctan(σ/α) is that, radians; the nearest of whole numbers."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DiscreteNoising:
@@ -78,6 +94,7 @@ class DiscreteNoising:
 
     alphas_cumprod: Tensor
     cleanest: float = 0.0
+    whole: bool = True
 
     @property
     def noisiest(self) -> float:
@@ -91,13 +108,17 @@ class DiscreteNoising:
         known = (time >= 0) & (time <= self.noisiest) & (time == time.round())
         if not bool(known.all()):
             raise ValueError(
-                f"the times {time.tolist()} must be whole numbers in 0..{self.noisiest:.0f}"
+                f"the times {_some(time)} must be whole numbers in 0..{self.noisiest:.0f}"
             )
         alpha_bar = self._wide[time.long().cpu()]
         return Levels(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     def time_of(self, sigma: float) -> float:
         return float(((1 - self._wide).sqrt() - sigma).abs().argmin())
+
+    def time_at(self, angle: float) -> float:
+        angles = torch.atan2((1 - self._wide).sqrt(), self._wide.sqrt())
+        return float((angles - angle).abs().argmin())
 
 
 @dataclass(frozen=True)
@@ -112,19 +133,25 @@ class AngleNoising:
     first_angle: float
     gap: float
     cleanest: float = 0.0
+    whole: bool = True
 
     @property
     def noisiest(self) -> float:
         return float(self.last)
 
+    @property
+    def _step(self) -> float:
+        return (math.pi / 2 - self.gap - self.first_angle) / self.last
+
     def levels(self, time: Tensor) -> Levels:
-        step = (math.pi / 2 - self.gap - self.first_angle) / self.last
-        angle = self.first_angle + step * wide(time)
+        angle = self.first_angle + self._step * wide(time)
         return Levels(angle.cos(), angle.sin())
 
     def time_of(self, sigma: float) -> float:
-        step = (math.pi / 2 - self.gap - self.first_angle) / self.last
-        return float(round((math.asin(sigma) - self.first_angle) / step))
+        return self.time_at(math.asin(sigma))
+
+    def time_at(self, angle: float) -> float:
+        return float(round((angle - self.first_angle) / self._step))
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,7 @@ class LinearNoising:
 
     cleanest: float = 0.0
     noisiest: float = 1.0
+    whole: bool = False
 
     def levels(self, time: Tensor) -> Levels:
         t = wide(time)
@@ -140,6 +168,9 @@ class LinearNoising:
 
     def time_of(self, sigma: float) -> float:
         return sigma
+
+    def time_at(self, angle: float) -> float:
+        return math.sin(angle) / (math.sin(angle) + math.cos(angle))
 
 
 def wide(time: Tensor) -> Tensor:

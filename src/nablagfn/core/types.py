@@ -295,6 +295,10 @@ class Recogniser(Protocol):
         that is known."""
         ...
 
+    def predict(self, images: Tensor) -> Mapping[str, list[str]]:
+        """What each image shows, by kind of label (style, background, …); empty if unknown."""
+        ...
+
 
 class Objective(Protocol):
     """Turns transitions into losses. It may own modules that are trained beside the policy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -28,10 +29,17 @@ def decoded(policy: Policy, latents: Tensor) -> Tensor:
 
 
 def draw_paths(
-    policy: Policy, table: KernelTable, prompts: Sequence[str], seeds: Sequence[int], *, seed: int
+    policy: Policy,
+    table: KernelTable,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    seed: int,
+    reference: bool = False,
 ) -> Trajectories:
-    """The whole paths of `draw`."""
+    """The whole paths of `draw`; reference: the pretrained model's."""
     noise = rng.normal(
         (table.num_steps + 1, *policy.sample_shape), seeds, seed=seed, purpose="evaluation"
     )
-    return rollout(policy, table, noise, policy.condition(prompts, ()))
+    with policy.reference() if reference else nullcontext():
+        return rollout(policy, table, noise, policy.condition(prompts, ()))

@@ -26,13 +26,15 @@ class Measured:
     """What is known of one model's n samples, the pictures themselves left out.
 
     features: [n, D]. scores: [n] float64 each, NaN where unknown: reward, reward_NAME for held-out
-    rewards, recognised (0 or 1), path_kl. others: figures of `View.measures`.
+    rewards, recognised (0 or 1), path_kl, log_ratio, and log_ratio_base if somebody
+    asked. others: figures of `View.measures`. step_kl: [n, N], what path_kl is the sum of.
     """
 
     prompts: tuple[str, ...]
     features: Tensor
     scores: dict[str, Tensor]
     others: dict[str, float] = field(default_factory=dict)
+    step_kl: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     @staticmethod
     def of(samples: Sequence[Sample], view: View) -> Measured:
@@ -40,7 +42,9 @@ class Measured:
         prompts = tuple(sample.prompt for sample in samples)
         features = torch.stack([sample.feature for sample in samples])
         images = torch.stack([sample.image for sample in samples])
-        return Measured(prompts, features, scores_of(samples), view.measures(images, prompts))
+        steps = torch.stack([sample.step_kl for sample in samples])
+        others = view.measures(images, prompts)
+        return Measured(prompts, features, scores_of(samples), others, steps)
 
     def __getitem__(self, rows: Tensor) -> Measured:
         """Some of the samples, by number; without `others`, which are of all."""
@@ -48,6 +52,7 @@ class Measured:
             tuple(self.prompts[i] for i in rows.tolist()),
             self.features[rows],
             {name: values[rows] for name, values in self.scores.items()},
+            step_kl=self.step_kl[rows] if len(self.step_kl) else self.step_kl,
         )
 
 
@@ -64,7 +69,11 @@ def scores_of(samples: Sequence[Sample]) -> dict[str, Tensor]:
             for sample in samples
         ],
         "path_kl": [sample.path_kl for sample in samples],
+        "log_ratio": [sample.log_ratio for sample in samples],
+        "log_ratio_base": [sample.log_ratio_base for sample in samples],
     }
+    if all(map(math.isnan, columns["log_ratio_base"])):
+        del columns["log_ratio_base"]
     return {name: torch.tensor(v, dtype=torch.float64) for name, v in columns.items()}
 
 
@@ -184,7 +193,7 @@ def figures(
     """Every figure of a model with its bootstrap interval.
 
     base: the pretrained model's samples of the same prompts and noise; None for that model itself,
-    which is not compared. The view's own figures have no interval.
+    which is not compared. The view's own figures have no interval, with 0 resamples no figure has.
     """
     counts = resampled_counts(measured.prompts, resamples, rng.generator(seed, "bootstrap"))
     found = {
@@ -209,7 +218,9 @@ def _scores(measured: Measured, base: Measured | None) -> dict[str, Tensor]:
     return {
         name: values
         for name, values in measured.scores.items()
-        if bool(values.isfinite().any()) and not (base is None and name == "path_kl")
+        if not name.startswith("log_ratio")
+        and bool(values.isfinite().any())
+        and not (base is None and name == "path_kl")
     }
 
 

@@ -1,7 +1,7 @@
 """RUN/evaluation/NAME/: the samples of one evaluated model. A folder is complete or not there.
 
 samples.json          what each sample is and scored; the settings that made it
-features.safetensors  {"features": [n, D]}
+features.safetensors  {"features": [n, D], "step_kl": [n, N]}
 pictures.png          thumbnails in the order of the samples; in a world, target beside samples
 """
 
@@ -37,7 +37,8 @@ def write_samples(
     images = torch.stack([sample.image for sample in samples])
     columns = min(COLUMNS, len(samples))
     view.save(images, measured.prompts, temporary / "pictures.png", columns)
-    save_file({"features": measured.features.contiguous()}, temporary / "features.safetensors")
+    tensors = {"features": measured.features, "step_kl": measured.step_kl}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "features.safetensors")
     record = {
         "columns": columns,
         "thumbnail": [images.shape[3], images.shape[2]] if images.ndim == 4 else None,
@@ -59,7 +60,14 @@ def _row(sample: Sample, trained: str) -> dict[str, Any]:
         "rewards": {trained: sample.reward, **sample.held_out},
         "recognised": sample.recognised,
         "path_kl": sample.path_kl,
+        "log_ratio": sample.log_ratio,
+        "log_ratio_base": None if math.isnan(sample.log_ratio_base) else sample.log_ratio_base,
     }
+
+
+def _asked(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns that not all models have."""
+    return [name for name in ("log_ratio_base",) if rows and rows[0].get(name) is not None]
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -87,16 +95,18 @@ def read_samples(folder: Path, settings: dict[str, Any]) -> Measured | None:
                 for name in settings["rewards"]
                 if name != trained
             },
-            "recognised": [
-                math.nan if row["recognised"] is None else row["recognised"] for row in rows
-            ],
-            "path_kl": [row["path_kl"] for row in rows],
+            **{
+                name: [math.nan if row[name] is None else row[name] for row in rows]
+                for name in ("recognised", "path_kl", "log_ratio", *_asked(rows))
+            },
         }
+        tensors = load_file(folder / "features.safetensors")
         return Measured(
             tuple(row["prompt"] for row in rows),
-            load_file(folder / "features.safetensors")["features"],
+            tensors["features"],
             {name: torch.tensor(v, dtype=torch.float64) for name, v in columns.items()},
             record["measures"],
+            tensors["step_kl"],
         )
     except Exception:  # a damaged file may fail in many ways; the samples are drawn again
         return None

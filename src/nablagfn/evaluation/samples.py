@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..core.kernels import KernelTable
-from ..core.path_kl import path_kl
+from ..core.path_kl import PathRatio, path_ratio
 from ..core.types import Metadata, Policy, Recogniser, Reward, View
 from ..runtime.distributed import gather
 from .drawing import decoded, draw_paths
@@ -21,8 +21,11 @@ from .drawing import decoded, draw_paths
 class Sample:
     """One measured picture. recognised is None where nobody can tell.
 
-    path_kl: the KL of its path's steps against the pretrained model's, in nats; 0 for the latter.
-    held_out: rewards that were not trained on, by name.
+    path_kl: the KL of its path's steps against the pretrained model's, in nats. log_ratio: log
+    p_θ/p_# of its path, nats. Both are 0 for samples of the pretrained model, unless they were
+    compared. log_ratio_base: log p_θ/p_# of the pretrained model's path of the same noise, NaN
+    where nobody asked. held_out: rewards that were not trained on, by name. step_kl: [N] what
+    path_kl is the sum of. labels: what the recogniser sees, by kind.
     """
 
     index: int
@@ -33,6 +36,20 @@ class Sample:
     recognised: bool | None
     path_kl: float
     held_out: Mapping[str, float] = field(default_factory=dict)
+    log_ratio: float = 0.0
+    log_ratio_base: float = math.nan
+    step_kl: Tensor = field(default_factory=lambda: torch.zeros(0))
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnPaths:
+    """Clean samples [B, ...], their paths against the other model's, and log p_θ/p_# [B] of the
+    pretrained model's paths of the same noise (NaN where it was not asked for)."""
+
+    clean: Tensor
+    ratio: PathRatio
+    log_ratio_base: Tensor
 
 
 class Evaluator:
@@ -72,14 +89,21 @@ class Evaluator:
         prompts: Sequence[str],
         *,
         reference: bool = False,
+        compared: bool | None = None,
+        both: bool = False,
+        first: int = 0,
         on_done: Callable[[int], object] = lambda count: None,
         keep: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> list[Sample]:
-        """One sample per entry of `prompts`, seed i for entry i, in order, on every process.
+        """One sample per entry of `prompts`, seed first + i for entry i; in order, everywhere.
 
-        reference: draw from the frozen model. on_done: told how many pictures were just made. keep:
-        what becomes of the images [B, ...] once they are measured.
+        reference: draw from the frozen model. compared: whether the other model runs along the
+        paths, for path_kl and log_ratio; by default along the policy's only. both: whether the
+        pretrained model's paths of the same noise are compared, too, for log_ratio_base: 2N
+        evaluations a sample more. on_done: told how many pictures were just made. keep: what
+        becomes of the images [B, ...] once they are measured.
         """
+        compared = not reference if compared is None else compared
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = -(-len(prompts) // world)
         mine: list[Sample] = []
@@ -88,28 +112,61 @@ class Evaluator:
             rows = range(start, min(start + self.batch_size, last))
             asked = rows or range(1)  # out of samples: the first one again, for the others' sake
             if rows or self.policy.together:
-                with self.policy.reference() if reference else nullcontext():
-                    found = self._measure([prompts[i] for i in asked], asked, reference, keep)
-                mine += found[: len(rows)]
+                wanted, seeds = [prompts[i] for i in asked], [first + i for i in asked]
+                drawn = self._draw(wanted, seeds, reference, compared, both)
+                mine += self._measure(wanted, seeds, drawn, keep)[: len(rows)]
             on_done(len(rows) * world)
         return sorted(gather(self.accelerator, mine), key=lambda sample: sample.index)
 
+    def _draw(
+        self,
+        prompts: list[str],
+        seeds: Sequence[int],
+        reference: bool,
+        compared: bool,
+        both: bool,
+    ) -> DrawnPaths:
+        none = torch.zeros(len(prompts), self.table.num_steps)
+        clean, ratio = self._paths(prompts, seeds, reference, compared)
+        base = torch.full((len(prompts),), math.nan)
+        if both:
+            _, of_base = self._paths(prompts, seeds, reference=True, compared=True)
+            assert of_base is not None
+            base = of_base.log_ratio.sum(1)
+        return DrawnPaths(clean, ratio or PathRatio(none, none), base)
+
+    def _paths(
+        self, prompts: list[str], seeds: Sequence[int], reference: bool, compared: bool
+    ) -> tuple[Tensor, PathRatio | None]:
+        """Where paths of one of the models end, and, compared, their ratio."""
+        paths = draw_paths(
+            self.policy, self.table, prompts, seeds, seed=self.seed, reference=reference
+        )
+        if not compared:
+            return paths.clean, None
+        ratio = path_ratio(self.policy, self.table, paths, of_reference=reference)
+        return paths.clean, ratio
+
     def _measure(
-        self, prompts: list[str], rows: range, reference: bool, keep: Callable[[Tensor], Tensor]
+        self,
+        prompts: list[str],
+        seeds: Sequence[int],
+        drawn: DrawnPaths,
+        keep: Callable[[Tensor], Tensor],
     ) -> list[Sample]:
-        paths = draw_paths(self.policy, self.table, prompts, rows, seed=self.seed)
-        images = decoded(self.policy, paths.clean)
+        images, ratio = decoded(self.policy, drawn.clean), drawn.ratio
         rewards = self._scores(self.reward, images, prompts)
         held_out = {
             name: self._scores(reward, images, prompts) for name, reward in self.held_out.items()
         }
-        kl = [0.0] * len(rows)
-        if not reference:
-            kl = path_kl(self.policy, self.table, paths).sum(1).tolist()
+        kl, moved = ratio.kl.sum(1).tolist(), ratio.log_ratio.sum(1).tolist()
+        base = drawn.log_ratio_base.tolist()
         features, kept = self.view.features(images).cpu(), keep(images).cpu()
         recognised: list[bool | None] = [None] * len(prompts)
+        labels: Mapping[str, list[str]] = {}
         if self.recogniser is not None:
             recognised = self.recogniser.recognise(images, prompts)
+            labels = self.recogniser.predict(images)
         return [
             Sample(
                 index=index,
@@ -120,8 +177,12 @@ class Evaluator:
                 recognised=recognised[i],
                 path_kl=kl[i],
                 held_out={name: values[i] for name, values in held_out.items()},
+                log_ratio=moved[i],
+                log_ratio_base=base[i],
+                step_kl=ratio.kl[i].cpu(),
+                labels={kind: seen[i] for kind, seen in labels.items()},
             )
-            for i, index in enumerate(rows)
+            for i, index in enumerate(seeds)
         ]
 
     def _scores(self, reward: Reward, images: Tensor, prompts: list[str]) -> list[float]:

@@ -69,9 +69,9 @@ class Family:
     have, before anything is loaded. load(config, device, shard): the policy; shard: spread over the
     processes. skeleton: the policy of the run's architecture without its weights, for counting;
     None where memory does not matter. lora_targets: endings of the names of its layers that get a
-    LoRA. export_forms: by name. no_export: why there are none. stock_sampler: raises ConfigError
-    when no scheduler of diffusers draws as the run does. small: whether it trains on a CPU. own:
-    for worlds.
+    LoRA. export_forms: by name. no_export: why there are none. stock_sampler(config, times): how
+    diffusers draws at the times of the run's steps; raises ConfigError when no scheduler does.
+    small: whether it trains on a CPU. own: for worlds.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Family:
     lora_targets: tuple[str, ...] = ()
     export_forms: Mapping[str, ExportForm] = field(default_factory=dict)
     no_export: str = ""
-    stock_sampler: Callable[[Config], StockSampler] | None = None
+    stock_sampler: Callable[[Config, Sequence[float]], StockSampler] | None = None
     loading_code: Callable[[Config], list[str]] | None = None
     small: Callable[[str], bool] = lambda model: False
     own: Own | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +69,19 @@ def skeleton(config: Config) -> LatentPolicy:
     )
 
 
-def stock_sampler(config: Config) -> StockSampler:
-    """Raises ConfigError for a sampler that no scheduler of diffusers is."""
+def stock_sampler(config: Config, times: Sequence[float] = ()) -> StockSampler:
+    """times: of the run's steps; needed for a grid of ours, which is given to the scheduler.
+
+    Raises ConfigError for a sampler that no scheduler of diffusers is.
+    """
     name, eta = config.sampling.scheduler, config.sampling.eta
     if config.sampling.final_sigma:
         raise ConfigError(
             "no scheduler of diffusers ends at config.sampling.final_sigma="
             f"{config.sampling.final_sigma:g}: use `nablagfn sample`"
         )
+    if config.sampling.spacing != "leading":
+        return _with_times(config, times)
     if name == "dpm-solver":
         return StockSampler("DPMSolverMultistepScheduler", FIRST_ORDER_SDE)
     if name in ("ddim", "ddpm"):
@@ -83,6 +89,23 @@ def stock_sampler(config: Config) -> StockSampler:
     raise ConfigError(
         f"no scheduler of diffusers draws as config.sampling.scheduler={name!r} does: use "
         "`nablagfn sample`"
+    )
+
+
+def _with_times(config: Config, times: Sequence[float]) -> StockSampler:
+    """diffusers' one scheduler that takes times of any spacing, which draws with η = 1."""
+    spacing = config.sampling.spacing
+    if config.sampling.scheduler == "ddim" and config.sampling.eta != 1:
+        raise ConfigError(
+            f"no scheduler of diffusers draws with config.sampling.eta={config.sampling.eta:g} on "
+            f"config.sampling.spacing={spacing}: use `nablagfn sample`"
+        )
+    if not times:
+        raise ConfigError(f"the times of config.sampling.spacing={spacing} are not known here")
+    return StockSampler(
+        "DPMSolverMultistepScheduler",
+        FIRST_ORDER_SDE,
+        call={"timesteps": [round(time) for time in times]},
     )
 
 
@@ -132,6 +155,7 @@ def _write_kohya(policy: LatentPolicy, config: Config, folder: Path, name: str) 
 
 def _write_fused(policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:
     """The whole pipeline, the LoRA added to its weights, with the run's sampler."""
+    from ..core.grids import times_of
     from ..models.latent import set_sampler
 
     with tempfile.TemporaryDirectory() as lora:
@@ -139,7 +163,7 @@ def _write_fused(policy: LatentPolicy, config: Config, folder: Path, name: str) 
         pipeline = _with_lora(config, Path(lora))
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    stock = stock_sampler(config)
+    stock = stock_sampler(config, times_of(config.sampling, policy))
     set_sampler(pipeline, stock.scheduler, stock.options)
     pipeline.save_pretrained(folder)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..config import Config, ConfigError
+from ..core.grids import times_of
 from ..core.kernels import KernelTable, kernel_table
-from ..core.samplers import eta_of, find_sampler
+from ..core.samplers import eta_of
 from ..core.schedules import schedule_of
 from ..core.types import Objective, Policy
 from ..rewards import require_gradient
@@ -15,14 +16,12 @@ from .registry import check_method, find_method
 def build_kernel(config: Config, policy: Policy) -> KernelTable:
     """The sampler's table. Raises ConfigError when the settings give a step without noise."""
     s = config.sampling
-    grid = find_sampler(s.scheduler).grid
     try:
-        if isinstance(grid, str):
-            times = policy.times(grid, s.num_steps)
-        else:
-            times = grid(policy.noising, s.num_steps)
+        times = times_of(s, policy)
         schedule = schedule_of(policy.noising, times, s.final_sigma)
         return kernel_table(schedule, eta_of(s), policy.prediction)
+    except ConfigError:  # names its key
+        raise
     except ValueError as error:
         end = f" with config.sampling.final_sigma={s.final_sigma:g}" if s.final_sigma else ""
         raise ConfigError(f"config.sampling.num_steps={s.num_steps}{end}: {error}") from None

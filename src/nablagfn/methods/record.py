@@ -27,6 +27,15 @@ class Alive:
     kept: bool = False
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a run's samples should be drawn from: p_pretrained·exp(βr). beta: None where they
+    should not, for the reason `why`."""
+
+    beta: float | None
+    why: str = ""
+
+
 def never(config: Config) -> bool:
     return False
 

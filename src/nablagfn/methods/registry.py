@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import Config, ConfigError
 from ..config.dotted import find_object
 from ..core.samplers import eta_of
-from .record import Alive, Method
+from .record import Aim, Alive, Method
 
 KEY = "config.experiment.method"
 ESTIMATORS, OBJECTIVES = f"{__package__}.estimators", f"{__package__}.objectives"
@@ -130,6 +130,20 @@ METHODS = {
 def find_method(name: str) -> Method:
     """One of this package, or `package.module:object`. Raises ConfigError when there is none."""
     return find_object(name, METHODS, KEY, Method)
+
+
+def target_of(config: Config, factor: float = 1.0) -> Aim:
+    """The run's target; factor: what the guard has multiplied β by."""
+    method, strength = find_method(config.experiment.method), config.model.pretrained_strength
+    if not method.has_prior:
+        return Aim(None, f"{method.name} has no prior term, and so no target at any β")
+    if strength != 1:
+        return Aim(
+            None,
+            f"with config.model.pretrained_strength={strength:g} the target is another than "
+            "p_pretrained·exp(βr), which needs 1",
+        )
+    return Aim(config.model.reward_scale * factor)
 
 
 def check_settings(config: Config) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .groups import rows_of
 
+NEAR_ZERO = 10
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -61,3 +63,27 @@ def percentile(value: float, resampled: Tensor, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
     low, high = torch.quantile(known, torch.tensor([tail, 1 - tail], dtype=known.dtype)).tolist()
     return Interval(value, low, high)
+
+
+def basic(value: float, resampled: Tensor, confidence: float) -> Interval:
+    """The basic interval 2·value − percentiles (Davison & Hinkley 1997, §2.4), from values [R].
+
+    For figures that few samples put too low or too high: resamples are off in the same direction
+    once more, and this turns it round. `value` itself may then lie outside. Else as `percentile`.
+    """
+    found = percentile(value, resampled, confidence)
+    if found.low is None or found.high is None:
+        return found
+    return Interval(value, 2 * value - found.high, 2 * value - found.low)
+
+
+def basic_of_log(value: float, resampled: Tensor, confidence: float) -> Interval:
+    """`basic` of the logarithm: for a figure that is positive, and whose spread grows with it.
+
+    Where resamples come near 0 (below value/NEAR_ZERO) a logarithm would turn them into a bound of
+    any size: there `percentile`.
+    """
+    plain = percentile(value, resampled, confidence)
+    if plain.low is None or plain.high is None or plain.low < value / NEAR_ZERO or value <= 0:
+        return plain
+    return Interval(value, value**2 / plain.high, value**2 / plain.low)

@@ -66,6 +66,11 @@ class StableDiffusion:
 
         grid: "ddim" or "dpm-solver". Raises ConfigError for another.
         """
+        last = int(self.noising.noisiest)
+        if num_steps > last:
+            raise ConfigError(
+                f"config.sampling.num_steps={num_steps}: the model has {last} noisy times"
+            )
         config = self.pipeline.scheduler.config
         offset = max(1, config.get("steps_offset", 0))
         if grid == "ddim":

@@ -46,7 +46,7 @@ class Outcome:
     """What a run gained and kept. gain: in standard deviations of the base model's rewards.
 
     kept: share of the base model's diversity. recognised: change, in points. source: the command
-    that measured it, "" when nothing did.
+    that measured it, "" when nothing did. reward: the mean reached.
     """
 
     gain: FigureRow | None = None
@@ -54,6 +54,7 @@ class Outcome:
     recognised: float | None = None
     path_kl: float | None = None
     source: str = ""
+    reward: FigureRow | None = None
 
     def change(self, key: str) -> str:
         """Say it in words; empty for figures whose change needs no unit of its own."""
@@ -183,6 +184,7 @@ def outcome(record: Record) -> Outcome:
             recognised=100 * (seen[1].value - seen[0].value) if seen[0] and seen[1] else None,
             path_kl=moved.value if moved else None,
             source="nablagfn evaluate",
+            reward=final.get("reward"),
         )
     before, after = record.evaluation.before, record.evaluation.after
     if before is None or after is None:
@@ -195,6 +197,7 @@ def outcome(record: Record) -> Outcome:
         recognised=points,
         path_kl=after.path_kl,
         source="nablagfn train",
+        reward=FigureRow(value=after.reward_mean),
     )
 
 

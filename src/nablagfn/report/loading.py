@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import Config, ConfigError
 from ..families import Family, StockSampler, family_of_run
 
 
-def how_to_load(config: Config, prompt: str, weights: str, weight_name: str = "") -> str:
+def how_to_load(
+    config: Config,
+    prompt: str,
+    weights: str,
+    weight_name: str = "",
+    times: Sequence[float] = (),
+) -> str:
     """A program that draws `prompt` with the LoRA in the folder `weights`.
+
+    times: of the run's steps (RunFolder.times), which an uneven grid needs.
 
     Where no scheduler of diffusers draws as the run does, how this package does; empty for a family
     that has no pipeline.
@@ -19,9 +27,9 @@ def how_to_load(config: Config, prompt: str, weights: str, weight_name: str = ""
     if family.stock_sampler is None or family.loading_code is None:
         return ""
     try:
-        stock = family.stock_sampler(config)
+        stock = family.stock_sampler(config, times)
     except ConfigError as error:
-        return f"# {error}\nnablagfn sample RUN --prompt {prompt!r}"
+        return f"# {error}\nnablagfn sample RUN --prompts {prompt!r}"
     name = f", weight_name={weight_name!r}" if weight_name else ""
     lines = [
         f"from diffusers import {', '.join(sorted((stock.scheduler, *family.pipelines)))}",
@@ -52,11 +60,15 @@ def set_sampler(stock: StockSampler) -> list[str]:
 def draw(config: Config, stock: StockSampler, prompt: str) -> list[str]:
     """Lines that draw one picture as the run does."""
     sampling = config.sampling
-    given = "".join(f", {key}={value:g}" for key, value in stock.call.items())
+    given = "".join(f", {key}={_number(value)}" for key, value in stock.call.items())
     return [
         f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",
         f"    num_inference_steps={sampling.num_steps}{given}).images[0]",
     ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def arguments(options: Mapping[str, Any]) -> str:

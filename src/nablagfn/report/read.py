@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, drawn_with
 from ..runs.runfolder import DIAGNOSTICS, GUARD, METRICS, RunFolder
 
 T = TypeVar("T")
+TARGET = "target"  # the folder of `nablagfn target RUN`
+TARGET_FILE = f"{TARGET}/target.json"
 Row = dict[str, Any]
 
 
@@ -43,6 +45,34 @@ class FigureRow(PartRecord):
     high: float | None = None
 
 
+class PointRow(PartRecord):
+    """The target at one β: its KL from the pretrained model, and its mean reward."""
+
+    beta: float
+    kl: FigureRow
+    reward: FigureRow
+
+
+class CertificateRow(PartRecord):
+    """A checkpoint against its target: `evaluation.certificate`."""
+
+    beta: float | None = None
+    figures: dict[str, FigureRow]
+    step_kl: list[float] = Field(default_factory=list)
+    why: str = ""
+    notes: list[str] = Field(default_factory=list)
+
+
+class TargetFile(PartRecord):
+    """target/target.json: what `nablagfn target` found."""
+
+    frontier: list[PointRow] = Field(default_factory=list)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    chosen: float | None = None
+    images_per_prompt: int = 0
+    prompts: list[str] = Field(default_factory=list)
+
+
 class ModelRow(PartRecord):
     """The pretrained model ("base", update 0) or a checkpoint, as `nablagfn evaluate` saw it."""
 
@@ -50,6 +80,7 @@ class ModelRow(PartRecord):
     update: int
     figures: dict[str, FigureRow]
     prompts: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    certificate: CertificateRow | None = None
 
 
 class EvaluationSettings(PartRecord):
@@ -68,6 +99,7 @@ class EvaluatedRecord(PartRecord):
 
     settings: EvaluationSettings = EvaluationSettings()
     models: list[ModelRow]
+    frontier: list[PointRow] = Field(default_factory=list)
 
 
 class EvaluationFile(PartRecord):
@@ -156,6 +188,7 @@ class Record:
     guard: Guarded
     versions: dict[str, str]
     prompts: tuple[str, ...]
+    target: TargetFile
 
     @property
     def name(self) -> str:
@@ -181,6 +214,25 @@ class Record:
         """The evaluated model that the run stands for: its result, else the last evaluated."""
         found = [model for model in self.models if model.name == self.result] or self.models[-1:]
         return found[0] if found else None
+
+    @property
+    def best(self) -> list[PointRow]:
+        """The best reward for each KL: by `nablagfn target` if it drew more of the same prompts
+        than `nablagfn evaluate`; empty when neither was run."""
+        evaluated = self.evaluation.evaluated
+        own = evaluated.frontier if evaluated else []
+        if not own:
+            return self.target.frontier
+        assert evaluated is not None
+        settings = evaluated.settings
+        same = set(self.target.prompts) == set(settings.prompts)
+        more = self.target.images_per_prompt > (settings.images_per_prompt or 0)
+        return self.target.frontier if same and more else own
+
+    @property
+    def target_pictures(self) -> Path | None:
+        """What a perfect finetune would draw; None where no target was stated for this run."""
+        return self.folder.path / TARGET / "pictures.png" if self.target.settings else None
 
     def sheet(self, name: str) -> Sheet | None:
         """Which picture is where in evaluation/NAME/pictures.png."""
@@ -227,6 +279,7 @@ def read(folder: RunFolder) -> Record:
     guard = checked(folder, GUARD, Guarded.model_validate, folder.read_json)
     versions = checked(folder, "versions.json", Versions.model_validate, folder.read_json)
     prompts = checked(folder, "prompts.json", Prompts.model_validate, folder.read_json)
+    target = checked(folder, TARGET_FILE, TargetFile.model_validate, folder.read_json)
     return Record(
         folder=folder,
         config=config,
@@ -236,7 +289,17 @@ def read(folder: RunFolder) -> Record:
         guard=guard or Guarded(),
         versions=(versions or Versions({})).root,
         prompts=tuple(prompts.root if prompts else ()),
+        target=target if target and target.settings == drawn_with(config) else TargetFile(),
     )
+
+
+def read_target(folder: Path) -> TargetFile:
+    """target.json of a folder of `nablagfn target`. Raises ConfigError where there is none."""
+    place = RunFolder(folder)
+    found = checked(place, "target.json", TargetFile.model_validate, place.read_json)
+    if found is None:
+        raise ConfigError(f"{folder} has no target.json: nablagfn target --out {folder} makes it")
+    return found
 
 
 def _rows_of(kind: type[BaseModel]) -> Callable[[list[Row]], list[Row]]:

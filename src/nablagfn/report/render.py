@@ -12,16 +12,18 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from ..config import ConfigError
+from ..config import ConfigError, drawn_with
 from ..runs.advice import advise
 from ..runs.runfolder import RunFolder, write_atomic
 from . import figures, tables
+from .canvas import Plot
 from .curves import curves, evaluated_curves
 from .frontier import Point, checkpoint_frontier, run_frontier
+from .kl_frontier import Spent, kl_by_step, kl_frontier
 from .levels import levels
 from .loading import how_to_load
 from .pictures import Picture, embed
-from .read import Record, read
+from .read import FigureRow, PointRow, Record, TargetFile, read, read_target
 
 THUMBNAIL = 420  # width of a run's pictures in a comparison
 
@@ -79,12 +81,29 @@ def build(folder: RunFolder) -> Path:
     return folder.report
 
 
-def compare(folders: Sequence[RunFolder], out: Path) -> Path:
-    """Write a comparison of several runs. Raises ConfigError as `build` does."""
+def compare(folders: Sequence[RunFolder], out: Path, target: Path | None = None) -> Path:
+    """Write a comparison of several runs. Raises ConfigError as `build` does.
+
+    target: a folder of `nablagfn target`, whose frontier is drawn above the runs.
+    """
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder: give the name of the file to write")
-    write_atomic(out, comparison_page([read(folder) for folder in folders]))
+    records = [read(folder) for folder in folders]
+    best = shared_target(target, records).frontier if target is not None else []
+    write_atomic(out, comparison_page(records, best))
     return out
+
+
+def shared_target(folder: Path, records: Sequence[Record]) -> TargetFile:
+    """What `nablagfn target` wrote there. Raises ConfigError where it is of another model or reward
+    than some run; the sampler's steps may differ."""
+    found = read_target(folder)
+    for record in records:
+        own = drawn_with(record.config)
+        for key in ("model", "reward"):
+            if found.settings.get(key) != own[key]:
+                raise ConfigError(f"--target={folder} is of another {key} than {record.name}")
+    return found
 
 
 def run_page(record: Record) -> str:
@@ -111,6 +130,11 @@ def run_page(record: Record) -> str:
             levels=levels(record.diagnostics),
             extremes=tables.extremes(record),
             prompts=tables.per_prompt(record),
+            plane=run_plane(record),
+            step_kl=step_kl(record),
+            certificate=record.final.certificate if record.final else None,
+            certified=tables.certificate(record),
+            perfect=embed(record.target_pictures) if record.target_pictures else None,
             code=code(record),
             settings=tables.settings(record.config),
             cost=figures.cost(record),
@@ -118,8 +142,8 @@ def run_page(record: Record) -> str:
     )
 
 
-def comparison_page(records: Sequence[Record]) -> str:
-    """Several runs side by side."""
+def comparison_page(records: Sequence[Record], best: Sequence[PointRow] = ()) -> str:
+    """Several runs side by side. best: the frontier above them, else that of the first with one."""
     runs = [compared(i + 1, record) for i, record in enumerate(records)]
     return (
         _environment()
@@ -127,6 +151,7 @@ def comparison_page(records: Sequence[Record]) -> str:
         .render(
             runs=runs,
             frontier=run_frontier(run_points(records, runs)),
+            plane=compared_plane(records, runs, best),
             base=shared_base(records),
             keys=tables.differing(records),
             differences=tables.differences(records),
@@ -181,6 +206,41 @@ def run_points(records: Sequence[Record], runs: Sequence[Compared]) -> list[Poin
     ]
 
 
+def run_plane(record: Record) -> Plot | None:
+    """The run's checkpoints in the plane of KL and reward, under the best there is."""
+    return kl_frontier(record.best, checkpoints_spent(record))
+
+
+def checkpoints_spent(record: Record) -> list[Spent]:
+    """Each evaluated checkpoint's path KL and reward."""
+    return [
+        Spent(model.figures["path_kl"], model.figures["reward"], str(model.update), "this run")
+        for model in record.models
+        if model.update and {"path_kl", "reward"} <= model.figures.keys()
+    ]
+
+
+def step_kl(record: Record) -> Plot | None:
+    """Where along the path the result's KL is spent."""
+    made = record.final.certificate if record.final else None
+    return kl_by_step(made.step_kl, record.folder.times()) if made and made.step_kl else None
+
+
+def compared_plane(
+    records: Sequence[Record], runs: Sequence[Compared], best: Sequence[PointRow]
+) -> Plot | None:
+    """The runs in the plane of KL and reward, by their numbers; None for several rewards."""
+    if len({run.reward for run in runs}) > 1:
+        return None
+    found = [
+        Spent(FigureRow(value=run.outcome.path_kl), run.outcome.reward, str(run.number), run.method)
+        for run in runs
+        if run.outcome.path_kl is not None and run.outcome.reward is not None
+    ]
+    known = best or next((record.best for record in records if record.best), [])
+    return kl_frontier(known, found, "plane")
+
+
 def compared(number: int, record: Record) -> Compared:
     scale = f"{record.config.model.reward_scale:g}" if figures.has_prior(record) else "–"
     return Compared(
@@ -208,4 +268,5 @@ def code(record: Record) -> str:
     weights = record.folder.checkpoints / record.result
     if not record.result or not (weights / "pytorch_lora_weights.safetensors").is_file():
         return ""
-    return how_to_load(record.config, next(iter(record.prompts), "a cat"), str(weights))
+    prompt = next(iter(record.prompts), "a cat")
+    return how_to_load(record.config, prompt, str(weights), times=record.folder.times())

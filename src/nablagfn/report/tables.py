@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, flatten
-from .figures import is_headline, number, place, title
+from .figures import interval, is_headline, number, place, title
 from .pictures import ContactSheet, Picture, load
 from .read import Record, SampleRow
 
@@ -80,6 +80,38 @@ def differences(records: Sequence[Record]) -> list[list[str]]:
     """Return each differing option with its value in each run."""
     flat = [flatten(record.config) for record in records]
     return [[key, *(text(values[key]) for values in flat)] for key in differing(records)]
+
+
+CERTIFIED = {
+    "efficiency": ("efficiency", "KL that the best sampler needs for this reward, over that spent"),
+    "path_kl": ("path KL", "spent, in nats"),
+    "least_kl": ("least KL", "what the best sampler needs for this reward, in nats"),
+    "kl_to_target": ("KL to the target", "KL(p_θ‖p*) of the paths, in nats; 0 is perfect"),
+    "kl_from_target": ("KL from the target", "KL(p*‖p_θ): large where a part of it is lost"),
+    "ess": ("ESS", "effective share of its own samples under their weights; 100 % is perfect"),
+    "free_energy": ("free energy", "β·E[r] − KL, which a method with a prior maximises"),
+    "free_energy_base": ("… of the pretrained model", "β·E[r]"),
+    "log_z": ("… at best, by both models' paths", "log Z, the free energy of a perfect sampler"),
+    "log_z_base": ("… at best, by base samples", "log Z again"),
+    "reward_weighted": ("weighted reward", "E*[r], by both models' paths"),
+    "target_reward": ("reward of the target", "E*[r], by samples of the pretrained model"),
+    "target_kl": ("KL of the target", "KL(p*‖p_#), by the same, in nats"),
+}
+
+
+def certificate(record: Record) -> Table | None:
+    """The result against its target; None before `nablagfn evaluate`."""
+    made = record.final.certificate if record.final else None
+    if made is None or not made.figures:
+        return None
+    rows = []
+    for key, (name, meaning) in CERTIFIED.items():
+        figure = made.figures.get(key)
+        if figure is not None:
+            kind = "recognised" if key in ("ess", "efficiency") else ""  # in per cent
+            ends = interval(figure, kind) or "–"
+            rows.append([name, number(figure.value, kind), ends, meaning])
+    return Table(["figure", "value", "interval", "what it is"], rows)
 
 
 def per_prompt(record: Record) -> Table | None:

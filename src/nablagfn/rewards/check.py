@@ -19,6 +19,8 @@ from torch import Tensor
 from ..config import ConfigError
 from ..core import rng
 from ..core.types import Metadata
+from ..metrics import tilting
+from ..metrics.tilting import PromptRows
 from .registry import NamedReward
 
 OK, WARN, FAIL, INFO = "ok", "warn", "FAIL", "info"
@@ -27,6 +29,8 @@ PROMPTS = ("a photo of a cat", "a red car in the snow", "two dogs", "an oil pain
 SIZE = 64  # pixels of the noise pictures where no samples are given
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4)  # root mean square of the changes for finite differences
 AGREES, DISAGREES = 0.02, 0.2  # relative error of the finite differences
+NEAR = 0.5  # nats: a finetune that shows, and that 8 samples of a prompt can state
+LEAST = 8  # samples of a prompt for it
 SAME = 1e-3  # of the scores' spread: rounding of other batch shapes
 
 
@@ -120,7 +124,7 @@ def check_reward(
 
     metadata: a mapping per prompt, or nothing. Noise is scored with prompts of its own, or, where
     a prompt has metadata, with those given: the reward may need what they say.
-    latent_gradient: ∇_x r(decode(x)) at the samples, for the advice about reward_scale.
+    latent_gradient: ∇_x r(decode(x)) at the samples, whose size is told.
     """
     device = samples.device if samples is not None else torch.device(device)
     height, width = (SIZE, SIZE) if samples is None else samples.shape[-2:]
@@ -139,7 +143,9 @@ def check_reward(
         with torch.no_grad():
             base = reward(samples, list(prompts), known).float()
     rows = [*values(subject), *gradients(subject), *sizes(subject, base)]
-    rows += scale(subject, base, latent_gradient)
+    if base is not None:
+        rows += scale(subject, base, prompts)
+    rows += sized(latent_gradient)
     return RewardCheck(reward.name, tuple(rows))
 
 
@@ -382,28 +388,39 @@ def sizes(subject: Checked, base: Tensor | None) -> Iterator[CheckRow]:
         yield CheckRow("sign", INFO, f"samples score {gap:+.3g} against noise")
 
 
-def scale(
-    subject: Checked, base: Tensor | None, latent_gradient: Tensor | None
-) -> Iterator[CheckRow]:
-    """Say where to start with model.reward_scale.
-
-    1/rms of the gradient: there β∇r is as large as the score of a unit Gaussian, which clean
-    latents roughly are. 1/std: there one standard deviation of the reward is worth a factor e.
-    """
-    advice = []
+def sized(latent_gradient: Tensor | None) -> Iterator[CheckRow]:
+    """Root mean square of ∇_x r in the latents, which a unit Gaussian's score is about 1 in."""
     if latent_gradient is not None and bool((latent_gradient != 0).any()):
         rms = float(latent_gradient.square().mean().sqrt())
-        advice.append(f"{1 / rms:.2g} by the gradient (rms {rms:.2g} per latent)")
-    if base is not None and float(base.std()) > 0:
-        advice.append(f"{1 / float(base.std()):.2g} by the spread")
-        name = subject.reward.name
-        normalise = f"{name}={float(base.mean()):.4g}/{float(base.std()):.3g}"
-        if " " not in name:  # of a sum, each component would have its own
-            yield CheckRow("normalise", INFO, f"--config.reward.normalise={normalise}")
-    if advice:
-        yield CheckRow(
-            "reward_scale",
-            INFO,
-            "; ".join(advice),
-            "start at the larger; short runs need 10 to 100 times it",
-        )
+        yield CheckRow("gradient in latents", INFO, f"rms {rms:.2g}")
+
+
+def scale(subject: Checked, base: Tensor | None, prompts: Sequence[str]) -> Iterator[CheckRow]:
+    """Say where to start with model.reward_scale: the β whose target lies NEAR nats away.
+
+    From the samples of several prompts, tilted within each; of fewer than 8 a prompt 1/std(r), at
+    which a standard deviation of the reward is worth a factor e.
+    """
+    if base is None or not float(base.std()) > 0 or not bool(base.isfinite().all()):
+        return
+    name, std = subject.reward.name, float(base.std())
+    normalise = f"{name}={float(base.mean()):.4g}/{std:.3g}"
+    if " " not in name:  # of a sum, each component would have its own
+        yield CheckRow("normalise", INFO, f"--config.reward.normalise={normalise}")
+    reward, groups = base.double().cpu(), PromptRows.of(prompts)
+    advice = "the target of any β or budget: nablagfn target"
+    if groups.fewest < LEAST:
+        yield CheckRow("reward_scale", INFO, f"{1 / std:.2g} by the spread", advice)
+        return
+    try:
+        beta = tilting.beta_of_kl(reward, NEAR, groups)
+    except ValueError as error:
+        yield CheckRow("reward_scale", INFO, f"{1 / std:.2g} by the spread; {error}", advice)
+        return
+    gain = float(tilting.target_reward(reward, beta, groups) - tilting.plain_mean(reward, groups))
+    yield CheckRow(
+        "reward_scale",
+        INFO,
+        f"{beta:.2g} for a target at {NEAR:g} nats, {gain / std:+.2f} standard deviations up",
+        advice,
+    )

@@ -4,6 +4,7 @@ prompts.json        the prompt set                  held_out.json   prompts neve
 config.json         every option as resolved        versions.json   packages and machine
 metrics.jsonl       one line per update             diagnostics.jsonl the same by noise level
 evaluation.json     before/after and evaluate       guard.json     best checkpoint, what was done
+sampler.json        the times of the steps
 grids/              fixed-seed sample grids         checkpoints/    update_000010/...
 tensorboard/  samples/  evaluation/  report.html
 """
@@ -29,6 +30,7 @@ from ..config import Config, ConfigError, flatten, merge
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
 GUARD = "guard.json"
+SAMPLER = "sampler.json"  # the times of its steps, and how much each weighs in the path KL
 ABOUT = "prompt_metadata.json"  # by prompt, where the prompt file says more
 METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 CHANGEABLE = (
@@ -118,6 +120,10 @@ class RunFolder:
         if not prompts:
             raise ConfigError(f"{self.path} has no prompts.json: its run never started")
         return prompts, self.read_json("held_out.json") or []
+
+    def times(self) -> list[float]:
+        """The times of the run's steps, noisiest first; none of a run that kept none."""
+        return (self.read_json(SAMPLER) or {}).get("times", [])
 
     def about(self) -> dict[str, Any]:
         """The metadata of prompts that have some."""

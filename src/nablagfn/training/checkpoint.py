@@ -124,6 +124,12 @@ def load_policy(policy: Policy, checkpoint: Path) -> None:
     policy.load_state_dict(load_file(checkpoint / "policy.safetensors"))
 
 
+def guard_factor(checkpoint: Path) -> float:
+    """What the guard multiplied β by when the checkpoint was written; 1 before there was one."""
+    where = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return float(where.get("guard", {}).get("factor", 1.0))
+
+
 def _remove(checkpoint: Path) -> None:
     """Move it out of sight first: a crash leaves no half-removed checkpoint under its name."""
     aside = checkpoint.with_name(f".{checkpoint.name}.old")

@@ -18,6 +18,9 @@ from accelerate import Accelerator
 from .. import report
 from ..config import Config, ConfigError, flatten, set_option
 from ..core.counting import Counts, compilations, counted
+from ..core.grids import late_start
+from ..core.kernels import KernelTable
+from ..core.path_kl import step_weights
 from ..core.rollout import fingerprints
 from ..core.types import Policy, Recogniser, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
@@ -103,6 +106,11 @@ def check_measuring(
             f"config.evaluation.held_out_rewards has {missing[0]!r}, which was not passed to "
             "Trainer: pass held_out={name: reward}, or let nablagfn.finetune build everything"
         )
+
+
+def steps_of(table: KernelTable) -> dict[str, list[float]]:
+    """sampler.json: when the steps are, and (c2/σ)², what each weighs in the path KL."""
+    return {"times": table.time[:-1].tolist(), "weights": step_weights(table).tolist()}
 
 
 class Stopped(Exception):
@@ -277,6 +285,7 @@ class Trainer:
             self.folder.write_json("held_out.json", list(self.prompts.held_out))
             if self.prompts.about or self.folder.about():
                 self.folder.write_json(runfolder.ABOUT, dict(self.prompts.about))
+            self.folder.write_json(runfolder.SAMPLER, steps_of(self.table))
             self.folder.write_json("config.json", self.config.model_dump(mode="json"))
         self.accelerator.wait_for_everyone()
         position = self.checkpoints.load_latest()
@@ -289,6 +298,9 @@ class Trainer:
                 "note: model.unet_reg_scale has no effect with one update per epoch, because the "
                 "samples are drawn by the very parameters that are updated"
             )
+        late = late_start(self.table, self.policy.noising)
+        if self.show and late:
+            console.print(f"note: {late}")
         return position
 
     def _versions(self) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..core import rng
+from ..core.grids import angles
 from ..core.schedules import AngleNoising, Levels, Noising, output_of
 from ..core.types import Condition, Metadata
 from .mixture import Mixture, Posterior
@@ -217,11 +217,9 @@ def world_times(noising: Noising, num_steps: int) -> list[float]:
         if not 1 <= num_steps <= noising.last:
             raise ValueError(f"a world has at most {noising.last} steps")
         return [noising.last * k // num_steps for k in range(num_steps, 0, -1)]
-    ends = torch.tensor([noising.cleanest, noising.noisiest], dtype=torch.float64)
-    levels = noising.levels(ends)
-    first, last = torch.atan2(levels.sigma, levels.alpha).tolist()
-    angles = [first + (last - first) * k / num_steps for k in range(num_steps, 0, -1)]
-    return [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
+    first, last = angles(noising)
+    steps = [first + (last - first) * k / num_steps for k in range(num_steps, 0, -1)]
+    return [noising.time_at(angle) for angle in steps]
 
 
 class WorldReward:

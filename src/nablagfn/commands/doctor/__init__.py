@@ -25,6 +25,7 @@ CHECKS = (
     Exam("prompts", parts.prompts),
     Exam("reward", parts.reward),
     Exam("model", parts.model),
+    Exam("steps", parts.steps, needs=("model",)),
     Exam("memory", machine.memory, needs=("model", "reward")),
     Exam("denoiser and adapter", parts.denoiser, needs=("model", "prompts", "batches")),
     Exam("decoder", parts.decoder, needs=("model",)),

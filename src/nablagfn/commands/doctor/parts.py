@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from ...core import rng
+from ...core.grids import late_start
+from ...core.path_kl import step_weights
 from ...methods.build import build_kernel
 from ...methods.registry import check_settings
 from .records import Finding, Patient
+
+LISTED = 50  # steps whose weights are printed one by one
+HEAVY = 0.5  # share of one step in what the path KL is made of
+EVEN_OUT = (
+    "what the LoRA learns for other steps costs most of its path KL there: "
+    "--config.sampling.spacing=logsnr weighs all steps alike"
+)
 
 
 def model(patient: Patient) -> Finding:
@@ -44,6 +53,29 @@ def batches(patient: Patient) -> Finding:
     if updates == 1 and config.model.unet_reg_scale:
         fix = "--config.training.num_inner_epochs=2, or take it as it is"
         return Finding("warning", f"{text}: the trust region has no effect", fix)
+    return Finding("ok", text)
+
+
+def steps(patient: Patient) -> Finding:
+    """The sampler's steps, and what each weighs in the path KL."""
+    policy = patient.policy
+    table = build_kernel(patient.config, policy)
+    weights = step_weights(table)
+    heaviest, whole = int(weights.argmax()), float(weights.sum())
+    share = float(weights[heaviest]) / whole
+    listed = " ".join(f"{weight:.2g}" for weight in weights.tolist())
+    if len(weights) > LISTED:
+        low, high = float(weights.min()), float(weights.max())
+        listed = f"{low:.2g} … {high:.2g}"
+    first, last = (f"{time:.4g}" for time in table.time[[0, -2]].tolist())
+    text = f"{len(weights)} from time {first} to {last}, (c2/σ)² {listed}"
+    late = late_start(table, policy.noising)
+    if late:
+        return Finding("warning", text, late)
+    if share > HEAVY:
+        place = f"{table.time[heaviest]:.4g} to {table.time[heaviest + 1]:.4g}"
+        text = f"{text}; step {heaviest} ({place}) has {share:.0%} of their sum"
+        return Finding("warning", text, EVEN_OUT)
     return Finding("ok", text)
 
 

@@ -53,7 +53,13 @@ def write_card(
         prompts=drawn.prompts,
         proofs=proofs,
         forms=[proof.form for proof in proofs],
-        code=how_to_load(record.config, prompt, "diffusers", "pytorch_lora_weights.safetensors"),
+        code=how_to_load(
+            record.config,
+            prompt,
+            "diffusers",
+            "pytorch_lora_weights.safetensors",
+            record.folder.times(),
+        ),
         settings=[
             s
             for s in tables.settings(record.config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...config import Config, ConfigError
+from ...core.grids import times_of
 from ...families import Family, find_family
 from ...models.latent import LatentPolicy, quiet
 from ...prompts import PromptSet
@@ -109,9 +110,10 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
     assert isinstance(policy, LatentPolicy)
     load_policy(policy, checkpoint)
     prompts = PromptSet(record.prompts or ("a cat",)).spread(PICTURES)
+    times = times_of(config.sampling, policy)
     with policy.reference():
-        before = draw(policy.pipeline, family, config, prompts)
-    after = draw(policy.pipeline, family, config, prompts)
+        before = draw(policy.pipeline, family, config, prompts, times)
+    after = draw(policy.pipeline, family, config, prompts, times)
     return Trained(policy, config, record.name, Drawn(prompts, before, after))
 
 
@@ -122,7 +124,8 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    again = draw(fresh, family, trained.config, drawn.prompts)
+    times = times_of(trained.config.sampling, trained.policy)
+    again = draw(fresh, family, trained.config, drawn.prompts, times)
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()

@@ -59,13 +59,20 @@ class Proof:
         )
 
 
-def draw(pipeline: Any, family: Family, config: Config, prompts: Sequence[str]) -> np.ndarray:
+def draw(
+    pipeline: Any,
+    family: Family,
+    config: Config,
+    prompts: Sequence[str],
+    times: Sequence[float] = (),
+) -> np.ndarray:
     """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1].
 
-    Raises ConfigError when no scheduler of diffusers draws so.
+    times: of the run's steps, for an uneven grid. Raises ConfigError when no scheduler of
+    diffusers draws so.
     """
     assert family.stock_sampler is not None
-    stock, sampling = family.stock_sampler(config), config.sampling
+    stock, sampling = family.stock_sampler(config, times), config.sampling
     set_sampler(pipeline, stock.scheduler, stock.options)
     found: np.ndarray = pipeline(
         list(prompts),

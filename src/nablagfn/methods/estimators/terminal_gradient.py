@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.log_reward import LogReward, terminal_gradient
-from ...core.types import Objective, Selection, Signals
+from ...core.types import Objective, Selection, Signals, beside
 from ...core.value_gradient import Estimate, Estimator, Evaluated, mean_square
 from ..parts import Parts
 
@@ -40,7 +40,9 @@ class TerminalGradient(Estimator):
     def prepare(self, chosen: Selection) -> EndGradient:
         paths = chosen.paths
         ends = [
-            terminal_gradient(self.log_reward, paths.clean[rows], paths.condition[rows])
+            terminal_gradient(
+                self.log_reward, paths.clean[beside(rows, paths.clean)], paths.condition[rows]
+            )
             for rows in torch.arange(len(paths.condition)).split(self.chunk)
         ]
         return EndGradient(torch.cat(ends)[chosen.row])

@@ -21,7 +21,7 @@ from ...config import ConfigError
 from ...core import kernels
 from ...core.kernels import KernelTable
 from ...core.rollout import StepChoice
-from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
+from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions, beside
 from ..parts import Parts
 
 
@@ -65,8 +65,9 @@ class PromptStatistics(nn.Module):
     def advantage(self, prompts: Sequence[str], reward: Tensor) -> Tensor:
         """(r − mean)/(std + 1e-6) of the rewards [B], each against its own prompt's."""
         found = {prompt: self.of(prompt) for prompt in dict.fromkeys(prompts)}
-        mean, std = torch.stack([found[prompt] for prompt in prompts]).unbind(1)
-        return ((reward.double().cpu() - mean) / (std + 1e-6)).to(reward)
+        usual = beside(torch.stack([found[prompt] for prompt in prompts]), reward)
+        mean, std = usual.unbind(1)
+        return ((reward.double() - mean) / (std + 1e-6)).to(reward)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ def get_config() -> Config:
     config.model.timestep_fraction = 0.2  # 4 of 20 transitions, and the last
     config.model.flow_channel_width = (32, 64, 96)
     config.sampling.num_steps = 20
+    config.sampling.spacing = "logsnr"  # each step weighs alike in the path KL
     config.sampling.guidance_scale = 1.0  # half the cost; tiny-animals needs no guidance
     config.sampling.batch_size = 16
     config.sampling.num_batches_per_epoch = 1

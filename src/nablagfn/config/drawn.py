@@ -1,0 +1,18 @@
+"""What samples of the pretrained model depend on, beside prompts and noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import Config
+
+SAMPLER = ("num_steps", "eta", "guidance_scale", "scheduler", "spacing", "final_sigma")
+
+
+def drawn_with(config: Config) -> dict[str, Any]:
+    """model, sampler and reward, as JSON has them: equal for samples that may be compared."""
+    return {
+        "model": [config.pretrained.model, config.pretrained.revision],
+        "sampler": config.sampling.model_dump(mode="json", include=set(SAMPLER)),
+        "reward": [config.experiment.reward_fn, config.reward.model_dump(mode="json")],
+    }
