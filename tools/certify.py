@@ -447,6 +447,7 @@ def write(out: Path, docs: Path) -> None:
         for (world, model), row in found.items()
     ]
     target = docs / "certificate.md"
+    docs.mkdir(parents=True, exist_ok=True)
     target.write_text(head + "\n".join(text) + "\n", encoding="utf-8")
     print(f"wrote {target}: {len(rows)} of {len(found)}", flush=True)
 

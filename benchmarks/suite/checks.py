@@ -17,8 +17,8 @@ from .rows import TESTS, Unavailable
 from .runner import ROOT, end
 
 FILES = {  # which tests, in how many processes, for how many seconds at most
-    "core": (("records", "precision", "waiting", "memory", "switches"), 4, 100.0),
-    "whole_runs": (("whole_runs",), 3, 90.0),
+    "core": (("records", "precision", "waiting", "memory", "switches"), 6, 140.0),
+    "whole_runs": (("whole_runs",), 4, 150.0),
     "compiled": (("compiled",), 2, 150.0),
 }
 QUICK = "not precision and not 16"  # for a rehearsal

@@ -49,7 +49,7 @@ STEPS = (
         "tests",
         "checks",
         "pytest -m gpu: every claim about a GPU",
-        180,
+        300,
         20,
         ("core", "whole_runs", "compiled"),
     ),
