@@ -18,7 +18,7 @@ from tests.tiny_rewards import save_weights
 KINDS = {**{method: {} for method in METHODS}, "nabla-db ": {"model.no_flow": True}}
 # ImageReward waits: in its text encoder transformers asks whether the masks are all ones
 REWARDS = ("brightness", "tiny-aesthetic", "tiny-alignment", "aesthetic", "hpsv2")
-FREE = ("nabla-db", "nabla-db ", "nabla-db-lambda", "terminal-gradient", "ddpo")
+FREE = tuple(KINDS)
 
 
 @contextmanager

@@ -166,6 +166,10 @@ class Selection:
     step: Tensor
     seed: Tensor | None = None
 
+    def of_each(self, values: Tensor) -> Tensor:
+        """[M, ...] of the transitions, from `values` [B, ...] of the paths."""
+        return values[beside(self.row, values)]
+
     def transitions(self, signals: Signals = NO_SIGNALS) -> Transitions:
         """The chosen transitions with `signals` attached."""
         here, k = beside(self.row, self.paths.x), beside(self.step, self.paths.x)

@@ -45,7 +45,7 @@ class TerminalGradient(Estimator):
             )
             for rows in torch.arange(len(paths.condition)).split(self.chunk)
         ]
-        return EndGradient(torch.cat(ends)[chosen.row])
+        return EndGradient(chosen.of_each(torch.cat(ends)))
 
     def __call__(self, here: Evaluated) -> Estimate:
         assert isinstance(here.batch.signals, EndGradient)

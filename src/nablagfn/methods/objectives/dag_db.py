@@ -77,7 +77,7 @@ class DagDB(Objective):
 
     def prepare(self, chosen: Selection) -> EndSignals:
         assert chosen.paths.reward is not None
-        return EndSignals(self.log_reward.of(chosen.paths.reward[chosen.row]))
+        return EndSignals(self.log_reward.of(chosen.of_each(chosen.paths.reward)))
 
     def losses(self, batch: Transitions) -> Losses:
         k = self.table.at(batch.step, batch.x)

@@ -110,7 +110,7 @@ class DDPO(Objective):
         assert chosen.paths.reward is not None
         advantage = self.statistics.advantage(chosen.paths.condition.prompts, chosen.paths.reward)
         clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
-        return Advantage(clipped[chosen.row])
+        return Advantage(chosen.of_each(clipped))
 
     def losses(self, batch: Transitions) -> Losses:
         assert isinstance(batch.signals, Advantage)

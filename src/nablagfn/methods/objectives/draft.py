@@ -51,7 +51,7 @@ class TruncatedBackpropagation(Objective):
         return torch.tensor([max(0, num_steps - self.steps)])
 
     def prepare(self, chosen: Selection) -> Noise:
-        return Noise(noise_of(chosen.paths, self.table, int(chosen.step.min()))[chosen.row])
+        return Noise(chosen.of_each(noise_of(chosen.paths, self.table, int(chosen.step.min()))))
 
     def losses(self, batch: Transitions) -> Losses:
         assert isinstance(batch.signals, Noise)
