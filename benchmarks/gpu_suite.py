@@ -90,8 +90,13 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         steps = select(given.only)
     except ValueError as error:
         p.error(str(error))
-    given.steps = [replace(step, least=step.least / 2) for step in steps] if given.small else steps
+    given.steps = [rehearsed(step) for step in steps] if given.small else steps
     return given
+
+
+def rehearsed(step: Step) -> Step:
+    """With the time that a CPU may take, which other work may share."""
+    return replace(step, least=step.least / 2, limit=4 * step.limit)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -131,6 +131,14 @@ def test_effective_pairs_tell_where_the_target_is_not_seen(
     assert samplers.effective_pairs <= 16
 
 
+def test_a_pair_counts_by_what_both_of_its_paths_carry() -> None:
+    """One pair's own path and another's of p_# carry the target: two of four pairs."""
+    nothing = -200.0
+    log_w = torch.tensor([0.0, nothing, nothing, nothing, nothing, 0.0, nothing, nothing])
+    samplers = TwoSamplers.of(log_w, torch.zeros(8), ["one"] * 4)
+    assert samplers.effective_pairs == pytest.approx(2)
+
+
 def test_paths_that_one_of_the_two_never_takes_are_no_trouble() -> None:
     ratio = torch.tensor([1e6] * 4 + [-1e6] * 4, dtype=torch.float64)
     samplers = TwoSamplers.of(log_weight(ratio, torch.zeros(8), 1.0), ratio, ["one"] * 4)

@@ -128,9 +128,8 @@ def about(rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in said.items())
     commits = ", ".join(sorted({str(row.figures.get("commit") or "unknown") for row in begun}))
     small = " A rehearsal with small settings." if any(row.small for row in rows) else ""
-    return (
-        f"{card}; {' to '.join(dates[:1] + dates[1:][-1:])}; commit {commits}; {versions}.{small}"
-    )
+    between = " to ".join(dates[:1] + dates[1:][-1:])
+    return f"{card}; {between}; commit {commits}; {versions or 'versions unknown'}.{small}"
 
 
 def figures(rows: Sequence[Row], step: str, case: str) -> Mapping[str, Any]:
