@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nablagfn import worlds
 from nablagfn.config import Config, ConfigError, set_option
+from nablagfn.core import rng
 from nablagfn.core.kernels import KernelTable
 from nablagfn.core.path_kl import log_weight
 from nablagfn.core.types import Condition
@@ -290,6 +291,30 @@ def test_few_samples_say_what_they_cannot_show() -> None:
     )
     assert alone.beta is None and alone.why == "because"
     assert alone.figures.keys() <= {"path_kl", "least_kl", "efficiency"}
+
+
+def with_gain(gain: float, count: int = 16, prompts: int = 45) -> Certificate:
+    """Of a sampler N(gain, ¼) without a target, where the pretrained rewards are N(0, 1)."""
+    generator = rng.generator(0, "scene")
+    names = tuple(str(p) for p in range(prompts) for _ in range(count))
+    noise = torch.randn(2, len(names), generator=generator, dtype=torch.float64)
+    flat = torch.zeros(len(names), 1)
+    spent = {"path_kl": gain**2 / 2 + 0.1 * noise[1].abs()}
+    model = Measured(names, flat, {"reward": gain + noise[1] / 2, **spent}, step_kl=flat)
+    base = Measured(names, flat, {"reward": noise[0]}, step_kl=flat)
+    return certificate(model, base, None, Bootstrap.of(names, 200, 0.95, 0), "because")
+
+
+def test_near_the_end_of_the_frontier_there_is_no_interval() -> None:
+    """There the resamples that still have a least KL are the few with the best base samples."""
+    inside, near_end, beyond = with_gain(0.8), with_gain(1.45), with_gain(2.5)
+    for name in ("least_kl", "efficiency"):
+        assert inside.figures[name].low is not None
+        assert math.isfinite(near_end.figures[name].value) and near_end.figures[name].low is None
+        assert name not in beyond.figures
+    assert not inside.notes
+    assert "so near the end of the frontier" in " ".join(near_end.notes)
+    assert "beyond the frontier" in " ".join(beyond.notes)
 
 
 @pytest.mark.parametrize("name", ["reward", "log_ratio_base"])

@@ -110,7 +110,7 @@ def test_more_images_go_on_from_fewer(found: TargetResult, tmp_path: Path) -> No
 def test_draws_of_other_settings_are_refused(found: TargetResult) -> None:
     config = world_config()
     set_option(config, "sampling.num_steps", 21)
-    with pytest.raises(ConfigError, match="with another sampler: give another --out"):
+    with pytest.raises(ConfigError, match="that differ in their sampler: give another --out"):
         stated(found.folder, config)
 
 

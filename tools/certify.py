@@ -12,6 +12,7 @@ Finished runs are kept, and the page is written after each model.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -298,8 +299,8 @@ def holds(figure: Interval, truth: Truth) -> bool:
     """Whether they differ by no more than both errors together."""
     if figure.low is None or figure.high is None:
         return False
-    half = figure.value - figure.low if truth.value < figure.value else figure.high - figure.value
-    return abs(truth.value - figure.value) <= (half**2 + (1.96 * truth.error) ** 2) ** 0.5
+    middle, half = (figure.low + figure.high) / 2, (figure.high - figure.low) / 2
+    return abs(truth.value - middle) <= math.hypot(half, 1.96 * truth.error)
 
 
 KNOWN: dict[tuple[str, str], Target] = {}  # by title and prompt: its three models share them

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..config import ConfigError
 from . import check_reward, diff, doctor, evaluate, export, plan, report, sample, target, train
-from .common import BAD_INPUT, UNUSABLE, Parser, fail
+from .common import BAD_INPUT, STOPPED, UNUSABLE, Parser, fail
 from .train import resolve_config
 
 __all__ = ["BAD_INPUT", "UNUSABLE", "build_parser", "main", "resolve_config"]
@@ -56,3 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known.function(known, rest)
     except ConfigError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("nablagfn: stopped", file=sys.stderr)
+        sys.exit(STOPPED)

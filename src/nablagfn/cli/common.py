@@ -13,6 +13,7 @@ from ..recipes.options import packaged
 
 BAD_INPUT = 2
 UNUSABLE = 1
+STOPPED = 130  # as shells have it for Ctrl-C
 
 Function = Callable[[argparse.Namespace, Sequence[str]], None]
 

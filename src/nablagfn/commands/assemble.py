@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from ..models.tune import check_speed, compile_modules
 from ..prompts import PromptSet, load_prompts
 from ..rewards import NamedReward
 from ..rewards.critics import AnimalClassifier
+from ..runs.hub import sha256_of
 from ..runs.runfolder import RunFolder
 from ..runtime.distributed import from_main_process, process_state, set_backend_flags
 from ..training.checkpoint import guard_factor, load_policy
@@ -244,3 +247,16 @@ def side_by_side(
     asked = [prompt for prompt in wanted for _ in range(2 * len(seeds))]
     build_view(config).save(torch.cat([row.cpu() for row in rows]), asked, target, len(seeds))
     return target
+
+
+def sources_of(reward: str) -> dict[str, str]:
+    """SHA-256 of the file of each module that a reward's name refers to, or several names."""
+    found = {}
+    for module in re.findall(r"([\w.]+):\w", reward):
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            continue  # it will be told of when it is loaded
+        if spec is not None and spec.origin and Path(spec.origin).is_file():
+            found[module] = sha256_of(Path(spec.origin))
+    return found

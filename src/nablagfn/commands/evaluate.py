@@ -35,7 +35,7 @@ from ..runs.progress import Bar
 from ..runs.runfolder import RunFolder, complete_checkpoints
 from ..runtime.distributed import from_main_process
 from ..training.checkpoint import guard_factor, load_policy
-from .assemble import beta_to_resample, build_evaluator, check_names
+from .assemble import beta_to_resample, build_evaluator, check_names, sources_of
 
 IMAGES_PER_PROMPT = 16
 RESAMPLES = 1_000
@@ -111,6 +111,8 @@ class Plan:
         trained = self.config.experiment.reward_fn
         own = find_family(self.config).own
         told = [self.about.get(prompt, {}) for prompt in self.prompts]
+        sources = sources_of(" ".join((trained, *self.held_out)))
+        options = self.config.reward.model_dump(mode="json", exclude_defaults=True)
         return {
             "prompts": list(self.prompts),
             "images_per_prompt": self.images_per_prompt,
@@ -119,6 +121,8 @@ class Plan:
             "rewards": [trained, *self.held_out],
             "trained_reward": trained,
             **({"metadata": told} if any(told) else {}),
+            **({"sources": sources} if sources else {}),
+            **({"reward_options": options} if options else {}),
         }
 
     def settings_of(self, checkpoint: Path | None) -> dict[str, Any]:
@@ -367,6 +371,18 @@ def row_of(
 
 
 # -------------------------------------------------------------------------------- the table
+
+
+def remarks(evaluated: dict[str, Any]) -> list[str]:
+    """What the certificates do not bear, and why one has no target, with the updates it holds
+    for."""
+    updates: dict[str, list[str]] = {}
+    for model in evaluated["models"]:
+        made = model.get("certificate", {})
+        for text in (made.get("why"), *made.get("notes", ())):
+            if text:
+                updates.setdefault(text, []).append(str(model["update"]))
+    return [f"update {', '.join(found)}: {text}" for text, found in updates.items()]
 
 
 def tables(title: str, evaluated: dict[str, Any]) -> Iterator[Table]:

@@ -6,10 +6,8 @@ first was cut, and more images per prompt go on from fewer.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -35,11 +33,10 @@ from ..metrics import tilting
 from ..metrics.tilting import PromptRows
 from ..prompts import PromptSet
 from ..report.kl_frontier import save_frontier
-from ..runs.hub import sha256_of
 from ..runs.progress import Bar
 from ..runs.runfolder import RunFolder, run_folder
 from ..runtime.distributed import from_main_process
-from .assemble import build_evaluator, build_prompts, build_view, check_names
+from .assemble import build_evaluator, build_prompts, build_view, check_names, sources_of
 from .evaluate import CONFIDENCE, RESAMPLES, cell
 
 IMAGES_PER_PROMPT = 64
@@ -186,8 +183,9 @@ def plan_target(config: Config, request: TargetRequest, run: RunFolder | None = 
     if 0 < request.num_prompts < len(chosen):
         chosen = known.spread(request.num_prompts)
     folder = request.out or folder_of(config, run)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder}: that is a file, give a folder")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"--out {folder}: {place} is a file, give a folder")
     return TargetPlan(config, chosen, known.about, images, request, folder)
 
 
@@ -311,19 +309,6 @@ def no_aim(config: Config) -> list[str]:
     """Why a run with this config would not aim at the target, if it would not."""
     aim = target_of(config)
     return [] if aim.beta is not None else [f"a run would not aim at this: {aim.why}"]
-
-
-def sources_of(reward: str) -> dict[str, str]:
-    """SHA-256 of the file of each module that a reward's name refers to."""
-    found = {}
-    for module in re.findall(r"([\w.]+):\w", reward):
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
-            continue  # it will be told of when it is loaded
-        if spec is not None and spec.origin and Path(spec.origin).is_file():
-            found[module] = sha256_of(Path(spec.origin))
-    return found
 
 
 def beta_of(budget: Budget, reward: Tensor, groups: PromptRows, std: float) -> float | None:

@@ -28,7 +28,7 @@ POINTS = 16  # of a frontier
 SHARE_OF_BIAS = 0.1  # of a figure: a larger bias of few samples is worth a warning
 
 PIECE = 4_000_000  # counts at once: their memory
-SEARCHED = 200  # resamples of a figure that is searched for in each
+SEARCHED = {"least_kl": 200, "efficiency": 200}  # resamples of what is searched for in each
 
 Ends = Callable[[float, Tensor, float], Interval]
 ENDS: dict[str, Ends] = {  # basic for the others
@@ -61,11 +61,16 @@ class Bootstrap:
     ) -> Interval:
         """The figure of all samples, and its interval from the first `resamples` (all).
 
-        ends: how the interval is made of the resampled values (`metrics.intervals`).
+        ends: how the interval is made of the resampled values (`metrics.intervals`). There is none
+        where more resamples lack the figure than lie beyond one of the ends: those that have it
+        are not like the others.
         """
         counts = self.counts[:resamples]
         pieces = counts.split(max(1, PIECE // counts.shape[1]))
         values = torch.cat([figure(piece) for piece in pieces])
+        lacking = float((~values.isfinite()).double().mean())
+        if lacking > (1 - self.confidence) / 2:
+            return Interval(float(figure(None)))
         return ends(float(figure(None)), values, self.confidence)
 
 
@@ -114,13 +119,13 @@ def certificate(
     has no such target (why says so)."""
     groups = PromptRows.of(model.prompts)
     figures = {
-        name: bootstrap(figure, ENDS.get(name, basic), SEARCHED)
+        name: bootstrap(figure, ENDS.get(name, basic), SEARCHED.get(name))
         for name, figure in spent(model, base, groups).items()
     }
-    notes: list[str] = []
     paths = None if beta is None else PathsOfBoth.of(model, base, beta)
-    if paths is not None and not bool(paths.samplers.log_f.isfinite().all()):
-        notes.append("some rewards or paths are not finite: no figures of the target")
+    notes = limits_of_the_frontier(figures, groups)
+    if not finite(model, base, paths):
+        notes = ["some rewards or paths are not finite: no figures of the target"]
     elif paths is not None:
         found = against_target(model, base, paths, groups)
         figures |= {name: bootstrap(f, ENDS.get(name, basic)) for name, f in found.items()}
@@ -181,6 +186,12 @@ class PathsOfBoth:
         return enough and self.samplers.effective_pairs >= LEAST_PAIRS
 
 
+def finite(model: Measured, base: Measured, paths: PathsOfBoth | None) -> bool:
+    """Whether all rewards are numbers, and the weights of all paths."""
+    rewards = all(bool(found.scores["reward"].isfinite().all()) for found in (model, base))
+    return rewards and (paths is None or bool(paths.samplers.log_f.isfinite().all()))
+
+
 def against_target(
     model: Measured, base: Measured, paths: PathsOfBoth, groups: PromptRows
 ) -> dict[str, Figure]:
@@ -210,10 +221,10 @@ def refused(figures: Mapping[str, Interval], groups: PromptRows) -> set[str]:
 
 
 def limits(figures: Mapping[str, Interval], groups: PromptRows, seen: bool) -> list[str]:
-    """What so few samples cannot say, in words. seen: `PathsOfBoth.seen`."""
+    """What so few samples cannot say of the target, in words. seen: `PathsOfBoth.seen`."""
     most, found = tilting.most_kl(groups), []
     if most <= 0:
-        return [f"{groups.fewest} samples of a prompt show no target: more --images-per-prompt"]
+        return []
     if not seen:
         found.append(
             f"KL(p_θ‖p*) is at least {figures['kl_to_target'].value:,.1f} nats: of the finetuned "
@@ -225,15 +236,26 @@ def limits(figures: Mapping[str, Interval], groups: PromptRows, seen: bool) -> l
             f"the target at this β lies further than {most:.2g} nats from the pretrained model, "
             f"beyond what {groups.fewest} samples of a prompt can show: more --images-per-prompt"
         )
-    efficiency = figures["efficiency"]
+    return found
+
+
+def limits_of_the_frontier(figures: Mapping[str, Interval], groups: PromptRows) -> list[str]:
+    """What so few samples cannot say of the best sampler for the same reward, in words."""
+    most, found = tilting.most_kl(groups), []
+    if most <= 0:
+        return [f"{groups.fewest} samples of a prompt show no target: more --images-per-prompt"]
+    efficiency, least = figures["efficiency"], figures["least_kl"]
     if efficiency.value > 1 or (efficiency.low is not None and efficiency.low <= 0):
         found.append(
             "so few samples do not tell the efficiency: it is 1 at the most, and 0 without a gain"
         )
-    if math.isnan(figures["least_kl"].value):
+    end = f"the frontier of {groups.fewest} base samples of a prompt, which ends at {most:.2g} nats"
+    if math.isnan(least.value):
+        found.append(f"the reward lies beyond {end}: no efficiency")
+    elif least.low is None:
         found.append(
-            f"the reward lies beyond the frontier of {groups.fewest} base samples of a prompt, "
-            f"which ends at {most:.2g} nats: no efficiency"
+            f"the reward lies so near the end of {end}, that neither the least KL nor the "
+            "efficiency has an interval: more --images-per-prompt"
         )
     return found
 

@@ -86,8 +86,8 @@ class Draws:
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             raise ConfigError(
-                f"{self.path} holds draws with another {changed[0]}: give another --out, or "
-                "remove the folder"
+                f"{self.path} holds draws that differ in their {changed[0]}: give another "
+                "--out, or remove the folder"
             )
 
     def open(self, settings: dict[str, Any]) -> None:

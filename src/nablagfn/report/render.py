@@ -237,8 +237,19 @@ def compared_plane(
         for run in runs
         if run.outcome.path_kl is not None and run.outcome.reward is not None
     ]
-    known = best or next((record.best for record in records if record.best), [])
-    return kl_frontier(known, found, "plane")
+    return kl_frontier(best or shared_best(records), found, "plane")
+
+
+def shared_best(records: Sequence[Record]) -> list[PointRow]:
+    """The best reward for each KL of the first run that knows it; empty where that is not the
+    others', for another model, reward or prompts."""
+    drawn = [drawn_with(record.config) for record in records]
+    evaluated = [record.evaluation.evaluated for record in records]
+    prompts = {tuple(found.settings.prompts) for found in evaluated if found}
+    same = all(own[key] == drawn[0][key] for own in drawn for key in ("model", "reward"))
+    if not same or len(prompts) > 1:
+        return []
+    return next((record.best for record in records if record.best), [])
 
 
 def compared(number: int, record: Record) -> Compared:
