@@ -485,6 +485,60 @@ def test_samples_are_scored_again_where_their_metadata_differ(
     assert one == {**plain, "metadata": [{"red": "1"}]}
 
 
+def test_another_reward_under_the_same_name_is_measured_again(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's function is known by its file, and a reward by its options."""
+    file = tmp_path / "own_reward_of_evaluate.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def settings(*, weights: str = "", held_out: tuple[str, ...] = ()) -> dict[str, Any]:
+        asked = EvaluationRequest(weights=weights, rewards=held_out)
+        return command.make_plan(run, asked).settings
+
+    plain = settings()
+    assert {"sources", "reward_options"}.isdisjoint(plain)  # earlier measurements are kept
+    assert settings(weights="elsewhere") == {**plain, "reward_options": {"weights": "elsewhere"}}
+    found = []
+    for scale in (1, 100):
+        file.write_text(
+            f"def score(images, prompts):\n    return {scale} * images.mean((1, 2, 3))\n"
+        )
+        found.append(settings(held_out=("own_reward_of_evaluate:score",)))
+    assert list(found[0]["sources"]) == ["own_reward_of_evaluate"]
+    assert found[0]["sources"] != found[1]["sources"]
+
+
+def test_what_a_certificate_does_not_bear_is_said() -> None:
+    certificates: list[dict[str, Any]] = [
+        {"why": "", "notes": ["few samples"]},
+        {"why": "no prior", "notes": ["few samples", "too far"]},
+    ]
+    models = [
+        {"update": 0},
+        *({"update": 6 + k, "certificate": c} for k, c in enumerate(certificates)),
+    ]
+    assert command.remarks({"models": models}) == [
+        "update 6, 7: few samples",
+        "update 7: no prior",
+        "update 7: too far",
+    ]
+
+
+def test_ctrl_c_is_one_line(
+    run: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "make_plan", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run.path)])
+    assert ended.value.code == 130 and capsys.readouterr().err == "nablagfn: stopped\n"
+
+
 def test_text_alignment_is_measured_where_it_can_be(tmp_path: Path) -> None:
     config = load_config("demo")
     assert command.choose_rewards(config, EvaluationRequest(), False) == ("tiny-alignment",)

@@ -19,7 +19,14 @@ from nablagfn.report import build, compare, figures, tables
 from nablagfn.report.diff import differing_versions, outcomes
 from nablagfn.report.pictures import HEIGHT, WIDTH, encode
 from nablagfn.report.read import read
-from nablagfn.report.render import comparison_page, frames, run_page, script, script_hash
+from nablagfn.report.render import (
+    comparison_page,
+    frames,
+    run_page,
+    script,
+    script_hash,
+    shared_best,
+)
 from nablagfn.runs.runfolder import RunFolder
 from tests.made_run import HOSTILE, colour, frontier, make
 
@@ -376,6 +383,26 @@ def test_a_comparison_stands_under_the_frontier(
     with pytest.raises(SystemExit):
         main(["report", names[0], f"--target={folder.path}"])
     assert "--target is for several runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"pretrained__model": "other"}, {"reward__clamp": ("a=0:1",)}])
+def test_a_frontier_is_borrowed_by_runs_of_its_own_model_and_reward_only(
+    options: dict[str, object], runs: list[RunFolder], tmp_path: Path
+) -> None:
+    own = [read(run) for run in runs]
+    assert "best possible" in comparison_page(own)
+    other = read(make(tmp_path / "other", **options))
+    assert shared_best([*own, other]) == [] != shared_best(own)
+    page = comparison_page([*own, other])
+    assert "Reward for the KL spent" in page and "best possible" not in page
+
+
+def test_a_frontier_of_other_prompts_is_not_borrowed(runs: list[RunFolder], tmp_path: Path) -> None:
+    other = make(tmp_path / "other")
+    evaluation = other.read_json("evaluation.json")
+    evaluation["evaluated"]["settings"]["prompts"] = ["a dog"]
+    other.write_json("evaluation.json", evaluation)
+    assert shared_best([read(runs[0]), read(other)]) == []
 
 
 def test_a_run_without_figures_stays_in_the_table(runs: list[RunFolder], tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def test_budgets(found: TargetResult) -> None:
         stated(found.folder, budget=Budget.read(None, "50sd"))
 
 
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file, give a folder"):
+        stated(tmp_path / "file" / "deep" / "target")
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
