@@ -7,8 +7,8 @@
 Each revision is checked out beside this one and asked through its command line only, on one thread:
 six updates of the demo, two of each method on a small pipeline with random weights, with each
 sampler and kind of prediction, twenty in a world, and two of the original commands on tiny-animals.
-Equal means bit for bit: every checkpointed
-tensor, and every number of metrics.jsonl, diagnostics.jsonl and evaluation.json but the seconds.
+Equal means bit for bit: every checkpointed tensor, and every number of metrics.jsonl,
+diagnostics.jsonl and evaluation.json but the seconds.
 Otherwise the largest difference is printed, of weights relative to the largest entry of their
 tensor, and the exit status is 1 if the first update's losses and gradient norms differ by more than
 --bound (default 0). Later numbers may not be bounded so: Adam's first steps have the size of the

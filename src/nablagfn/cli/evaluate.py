@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """All runs are checked before the first is measured; a table for each."""
     from ..commands.evaluate import EvaluationRequest, carry_out, make_plan, remarks, tables
-    from ..runs.progress import console
+    from ..runs.progress import console, note
     from ..runs.runfolder import RunFolder
 
     request = EvaluationRequest(
@@ -85,4 +85,4 @@ def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             console.print(*tables(plan.folder.path.name, found))
             for remark in remarks(found):
-                console.print(f"note: {remark}", markup=False, highlight=False)
+                note(remark)

@@ -59,7 +59,7 @@ def target(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the table, and where its files are."""
     from ..commands.target import Budget, TargetRequest, state_target, tables
     from ..methods.registry import target_of
-    from ..runs.progress import console
+    from ..runs.progress import console, note
     from ..runs.runfolder import RunFolder
 
     run = None if arguments.run is None else RunFolder(arguments.run)
@@ -79,7 +79,7 @@ def target(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         return
     console.print(*tables(found))
     for text in found.warnings:
-        console.print(f"note: {text}")
+        note(text)
     if (arguments.kl is not None or arguments.gain) and target_of(config).beta is not None:
         console.print(f"β for this budget: --config.model.reward_scale={found.chosen:.4g}")
     print(f"{found.folder}: {', '.join(found.files)}")

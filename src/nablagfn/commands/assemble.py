@@ -190,6 +190,14 @@ def build_evaluator(
     )
 
 
+def some_prompts(known: PromptSet, count: int) -> tuple[str, ...]:
+    """So many different prompts of the set, evenly spread; 0: all. Raises ConfigError."""
+    if count < 0:
+        raise ConfigError(f"--num-prompts {count}: give 1 or more, or 0 for all")
+    different = PromptSet(tuple(dict.fromkeys(known.prompts)))
+    return different.spread(count) if 0 < count < len(different) else different.prompts
+
+
 def beta_to_resample(config: Config, paths: int, factor: float = 1.0) -> float:
     """β after the guard's factor. Raises ConfigError for a run without a target, or K < 2."""
     if paths < 2:

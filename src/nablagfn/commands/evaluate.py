@@ -25,6 +25,7 @@ from ..evaluation.certificate import Bootstrap, certificate, frontier
 from ..evaluation.files import read_samples, write_samples
 from ..evaluation.resampling import distinct_share, draw_of_both, resample
 from ..families import find_family
+from ..methods.record import Aim
 from ..methods.registry import target_of
 from ..metrics.intervals import Interval
 from ..models.locate import critics_of
@@ -35,7 +36,13 @@ from ..runs.progress import Bar
 from ..runs.runfolder import RunFolder, complete_checkpoints
 from ..runtime.distributed import from_main_process
 from ..training.checkpoint import guard_factor, load_policy
-from .assemble import beta_to_resample, build_evaluator, check_names, sources_of
+from .assemble import (
+    beta_to_resample,
+    build_evaluator,
+    check_names,
+    some_prompts,
+    sources_of,
+)
 
 IMAGES_PER_PROMPT = 16
 RESAMPLES = 1_000
@@ -195,15 +202,11 @@ def choose_prompts(
     if not given:
         trained, held_out = folder.prompt_sets()
         given = held_out or trained
-    chosen = PromptSet(tuple(dict.fromkeys(given)))
-    if request.num_prompts < 0:
-        raise ConfigError(f"--num-prompts {request.num_prompts}: give 1 or more, or 0 for all")
-    if 0 < request.num_prompts < len(chosen):
-        chosen = PromptSet(chosen.spread(request.num_prompts))
+    chosen = some_prompts(PromptSet(tuple(given)), request.num_prompts)
     own = find_family(config).own
     if own:
-        own.check_prompts(config, chosen.prompts)
-    return chosen.prompts
+        own.check_prompts(config, chosen)
+    return chosen
 
 
 def choose_count(config: Config, request: EvaluationRequest, own: bool) -> int:
@@ -296,7 +299,7 @@ def settings_for(plan: Plan, name: str) -> dict[str, Any]:
     settings = plan.settings_of(checkpoint)
     if paths > 1:
         return {**settings, "paths": paths}
-    return {**settings, "both": True} if has_target(plan, checkpoint) else settings
+    return settings if aim_of(plan, checkpoint).beta is None else {**settings, "both": True}
 
 
 def measure(plan: Plan, evaluator: Evaluator, name: str, bar: Bar) -> Measured | None:
@@ -310,7 +313,7 @@ def measure(plan: Plan, evaluator: Evaluator, name: str, bar: Bar) -> Measured |
         samples = evaluator.samples(
             plan.asked,
             reference=checkpoint is None,
-            both=has_target(plan, checkpoint),
+            both=aim_of(plan, checkpoint).beta is not None,
             on_done=bar.advance,
             keep=thumbnails,
         )
@@ -324,11 +327,12 @@ def measure(plan: Plan, evaluator: Evaluator, name: str, bar: Bar) -> Measured |
     return write_samples(place, samples, evaluator.view, settings_for(plan, name))
 
 
-def has_target(plan: Plan, checkpoint: Path | None) -> bool:
-    """Whether there are weights that its certificate needs the pretrained model's paths for."""
+def aim_of(plan: Plan, checkpoint: Path | None) -> Aim:
+    """The target of a checkpoint, whose weights need the pretrained model's paths; that model has
+    none."""
     if checkpoint is None:
-        return False
-    return target_of(plan.config, guard_factor(checkpoint)).beta is not None
+        return Aim(None)
+    return target_of(plan.config, guard_factor(checkpoint))
 
 
 def summary(plan: Plan, known: dict[str, Measured]) -> dict[str, Any]:
@@ -357,7 +361,7 @@ def row_of(
     }
     if checkpoint is None or base is None:
         return row
-    target = target_of(plan.config, guard_factor(checkpoint))
+    target = aim_of(plan, checkpoint)
     made = certificate(known[name], base, target.beta, bootstrap, target.why)
     row["certificate"] = made.as_dict()
     if plan.resample:

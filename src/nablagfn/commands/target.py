@@ -36,7 +36,14 @@ from ..report.kl_frontier import save_frontier
 from ..runs.progress import Bar
 from ..runs.runfolder import RunFolder, run_folder
 from ..runtime.distributed import from_main_process
-from .assemble import build_evaluator, build_prompts, build_view, check_names, sources_of
+from .assemble import (
+    build_evaluator,
+    build_prompts,
+    build_view,
+    check_names,
+    some_prompts,
+    sources_of,
+)
 from .evaluate import CONFIDENCE, RESAMPLES, cell
 
 IMAGES_PER_PROMPT = 64
@@ -177,11 +184,7 @@ def plan_target(config: Config, request: TargetRequest, run: RunFolder | None = 
             f"{math.log(images) - 1:.2f} nats; {advice}"
         )
     known = prompts_of(config, run)
-    chosen = known.prompts
-    if request.num_prompts < 0:
-        raise ConfigError(f"--num-prompts {request.num_prompts}: give 1 or more, or 0 for all")
-    if 0 < request.num_prompts < len(chosen):
-        chosen = known.spread(request.num_prompts)
+    chosen = some_prompts(known, request.num_prompts)
     folder = request.out or folder_of(config, run)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -190,12 +193,11 @@ def plan_target(config: Config, request: TargetRequest, run: RunFolder | None = 
 
 
 def prompts_of(config: Config, run: RunFolder | None) -> PromptSet:
-    """Those that are measured, without repetitions."""
+    """Those that are measured."""
     if run is None:
-        known = build_prompts(config).evaluation
-        return PromptSet(tuple(dict.fromkeys(known.prompts)), about=known.about)
+        return build_prompts(config).evaluation
     trained, held_out = run.prompt_sets()
-    return PromptSet(tuple(dict.fromkeys(held_out or trained)), about=run.about())
+    return PromptSet(tuple(trained), tuple(held_out), run.about()).evaluation
 
 
 def folder_of(config: Config, run: RunFolder | None) -> Path:
@@ -249,6 +251,7 @@ def draw(
             samples = evaluator.samples(
                 piece.asked(plan.prompts),
                 reference=True,
+                labelled=True,
                 first=piece.first * count,
                 on_done=bar.advance,
                 keep=thumbnails,

@@ -98,7 +98,8 @@ def trailing(noising: Noising, num_steps: int) -> list[float]:
 def by_angle(noising: Noising, num_steps: int) -> list[float]:
     """Equal steps of arctan(σ/α)."""
     first, last = angles(noising)
-    return [noising.time_at(last + (first - last) * k / num_steps) for k in range(num_steps)]
+    steps = [first + (last - first) * k / num_steps for k in range(num_steps, 0, -1)]
+    return [noising.time_at(angle) for angle in steps]
 
 
 def by_log_snr(noising: Noising, num_steps: int) -> list[float]:

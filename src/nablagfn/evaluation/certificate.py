@@ -122,17 +122,18 @@ def certificate(
         name: bootstrap(figure, ENDS.get(name, basic), SEARCHED.get(name))
         for name, figure in spent(model, base, groups).items()
     }
-    paths = None if beta is None else PathsOfBoth.of(model, base, beta)
+    paths = None if beta is None else paths_of_both(model, base, beta)
     notes = limits_of_the_frontier(figures, groups)
     if not finite(model, base, paths):
         notes = ["some rewards or paths are not finite: no figures of the target"]
-    elif paths is not None:
-        found = against_target(model, base, paths, groups)
+    elif beta is not None and paths is not None:
+        found = against_target(model, base, beta, paths, groups)
         figures |= {name: bootstrap(f, ENDS.get(name, basic)) for name, f in found.items()}
-        notes += limits(figures, groups, paths.seen)
+        enough = seen(paths)
+        notes += limits(figures, groups, enough)
         gone = refused(figures, groups)
         figures = {name: figure for name, figure in figures.items() if name not in gone}
-        alone = set() if paths.seen else BY_WEIGHTS
+        alone = set() if enough else BY_WEIGHTS
         figures = {n: Interval(f.value) if n in alone else f for n, f in figures.items()}
     known = {name: value for name, value in figures.items() if math.isfinite(value.value)}
     steps = tuple(model.step_kl.double().mean(0).tolist())
@@ -162,53 +163,46 @@ BY_WEIGHTS = {"kl_to_target", "kl_from_target", "log_z", "ess", "reward_weighted
 LEAST_PAIRS = math.e  # of a prompt's paths that carry the target, on average
 
 
-@dataclass(frozen=True, eq=False)
-class PathsOfBoth:
-    """A finetuned model's paths, and after them the pretrained one's of the same noise, against the
-    target at β. reward: [2n], of where each ends."""
-
-    beta: float
-    reward: Tensor
-    samplers: TwoSamplers
-
-    @staticmethod
-    def of(model: Measured, base: Measured, beta: float) -> PathsOfBoth:
-        ratio = torch.cat([model.scores["log_ratio"], model.scores["log_ratio_base"]])
-        reward = torch.cat([model.scores["reward"], base.scores["reward"]])
-        log_w = log_weight(ratio, reward, beta)
-        return PathsOfBoth(beta, reward, TwoSamplers.of(log_w, ratio, model.prompts))
-
-    @property
-    def seen(self) -> bool:
-        """Whether so many paths can show the target: more than a few must carry its weights, or
-        nobody knows which others are missing."""
-        enough = tilting.most_kl(self.samplers.pairs) > 0
-        return enough and self.samplers.effective_pairs >= LEAST_PAIRS
+def paths_of_both(model: Measured, base: Measured, beta: float) -> TwoSamplers:
+    """The finetuned model's paths and the pretrained one's of the same noise, and their weights."""
+    ratio = torch.cat([model.scores["log_ratio"], model.scores["log_ratio_base"]])
+    log_w = log_weight(ratio, rewards_of_both(model, base), beta)
+    return TwoSamplers.of(log_w, ratio, model.prompts)
 
 
-def finite(model: Measured, base: Measured, paths: PathsOfBoth | None) -> bool:
+def rewards_of_both(model: Measured, base: Measured) -> Tensor:
+    """[2n], of where the paths of `paths_of_both` end."""
+    return torch.cat([model.scores["reward"], base.scores["reward"]])
+
+
+def seen(paths: TwoSamplers) -> bool:
+    """Whether so many paths can show the target: more than a few must carry its weights, or nobody
+    knows which others are missing."""
+    return tilting.most_kl(paths.pairs) > 0 and paths.effective_pairs >= LEAST_PAIRS
+
+
+def finite(model: Measured, base: Measured, paths: TwoSamplers | None) -> bool:
     """Whether all rewards are numbers, and the weights of all paths."""
-    rewards = all(bool(found.scores["reward"].isfinite().all()) for found in (model, base))
-    return rewards and (paths is None or bool(paths.samplers.log_f.isfinite().all()))
+    rewards = bool(rewards_of_both(model, base).isfinite().all())
+    return rewards and (paths is None or bool(paths.log_f.isfinite().all()))
 
 
 def against_target(
-    model: Measured, base: Measured, paths: PathsOfBoth, groups: PromptRows
+    model: Measured, base: Measured, beta: float, paths: TwoSamplers, groups: PromptRows
 ) -> dict[str, Figure]:
     """The model's paths weighted for the target at β, and the target by base samples."""
     reward, reward_base, kl = model.scores["reward"], base.scores["reward"], model.scores["path_kl"]
-    beta, of_both = paths.beta, paths.samplers
-    own = of_both.log_w[: len(reward)]
+    own, reward_both = paths.log_w[: len(reward)], rewards_of_both(model, base)
     tilted = tilting.tilt(reward_base, beta)
     return {
         "free_energy": lambda c: tilting.plain_mean(beta * reward - kl, groups, c),
         "free_energy_base": lambda c: tilting.plain_mean(tilted, groups, c),
-        "log_z": of_both.log_z,
+        "log_z": paths.log_z,
         "log_z_base": lambda c: tilting.log_mean(tilted, groups, c),
-        "kl_to_target": of_both.kl_to_target,
-        "kl_from_target": of_both.kl_from_target,
+        "kl_to_target": paths.kl_to_target,
+        "kl_from_target": paths.kl_from_target,
         "ess": lambda c: tilting.effective_share(own, groups, c),
-        "reward_weighted": lambda c: of_both.target_mean(paths.reward, c),
+        "reward_weighted": lambda c: paths.target_mean(reward_both, c),
         "target_reward": lambda c: tilting.target_reward(reward_base, beta, groups, c),
         "target_kl": lambda c: tilting.target_kl(reward_base, beta, groups, c),
     }
@@ -220,12 +214,12 @@ def refused(figures: Mapping[str, Interval], groups: PromptRows) -> set[str]:
     return {"target_kl", "target_reward", "log_z_base"} if beyond else set()
 
 
-def limits(figures: Mapping[str, Interval], groups: PromptRows, seen: bool) -> list[str]:
-    """What so few samples cannot say of the target, in words. seen: `PathsOfBoth.seen`."""
+def limits(figures: Mapping[str, Interval], groups: PromptRows, enough: bool) -> list[str]:
+    """What so few samples cannot say of the target, in words. enough: `seen`."""
     most, found = tilting.most_kl(groups), []
     if most <= 0:
         return []
-    if not seen:
+    if not enough:
         found.append(
             f"KL(p_θ‖p*) is at least {figures['kl_to_target'].value:,.1f} nats: of the finetuned "
             f"and the pretrained model's {groups.fewest} paths of a prompt too few come near the "

@@ -25,7 +25,7 @@ class Sample:
     p_θ/p_# of its path, nats. Both are 0 for samples of the pretrained model, unless they were
     compared. log_ratio_base: log p_θ/p_# of the pretrained model's path of the same noise, NaN
     where nobody asked. held_out: rewards that were not trained on, by name. step_kl: [N] what
-    path_kl is the sum of. labels: what the recogniser sees, by kind.
+    path_kl is the sum of. labels: what the recogniser sees, by kind, if somebody asked.
     """
 
     index: int
@@ -91,6 +91,7 @@ class Evaluator:
         reference: bool = False,
         compared: bool | None = None,
         both: bool = False,
+        labelled: bool = False,
         first: int = 0,
         on_done: Callable[[int], object] = lambda count: None,
         keep: Callable[[Tensor], Tensor] = lambda images: images,
@@ -100,8 +101,9 @@ class Evaluator:
         reference: draw from the frozen model. compared: whether the other model runs along the
         paths, for path_kl and log_ratio; by default along the policy's only. both: whether the
         pretrained model's paths of the same noise are compared, too, for log_ratio_base: 2N
-        evaluations a sample more. on_done: told how many pictures were just made. keep: what
-        becomes of the images [B, ...] once they are measured.
+        evaluations a sample more. labelled: whether the recogniser also says what it sees.
+        on_done: told how many pictures were just made. keep: what becomes of the images [B, ...]
+        once they are measured.
         """
         compared = not reference if compared is None else compared
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -114,7 +116,7 @@ class Evaluator:
             if rows or self.policy.together:
                 wanted, seeds = [prompts[i] for i in asked], [first + i for i in asked]
                 drawn = self._draw(wanted, seeds, reference, compared, both)
-                mine += self._measure(wanted, seeds, drawn, keep)[: len(rows)]
+                mine += self._measure(wanted, seeds, drawn, keep, labelled)[: len(rows)]
             on_done(len(rows) * world)
         return sorted(gather(self.accelerator, mine), key=lambda sample: sample.index)
 
@@ -153,6 +155,7 @@ class Evaluator:
         seeds: Sequence[int],
         drawn: DrawnPaths,
         keep: Callable[[Tensor], Tensor],
+        labelled: bool,
     ) -> list[Sample]:
         images, ratio = decoded(self.policy, drawn.clean), drawn.ratio
         rewards = self._scores(self.reward, images, prompts)
@@ -166,7 +169,7 @@ class Evaluator:
         labels: Mapping[str, list[str]] = {}
         if self.recogniser is not None:
             recognised = self.recogniser.recognise(images, prompts)
-            labels = self.recogniser.predict(images)
+            labels = self.recogniser.predict(images) if labelled else {}
         return [
             Sample(
                 index=index,

@@ -1,7 +1,7 @@
 """The tilted target p*(x) ∝ p(x)·exp(βr(x)) of each prompt, from weighted samples.
 
 M samples of a prompt with weights w ∝ exp(log w): of the pretrained sampler with log w = β·r, or of
-the finetuned one with the path weights (`core.path_weights`). By the Gibbs principle no sampler q
+the finetuned one with the path weights (`core.path_kl`). By the Gibbs principle no sampler q
 with KL(q‖p) ≤ KL*(β) has a larger mean reward than E*(β): all β together are the best frontier of
 reward against KL that exists.
 

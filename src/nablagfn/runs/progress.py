@@ -18,6 +18,11 @@ from rich.progress import (
 console = Console(highlight=False, soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """One line that nobody has to act on; brackets in it are text."""
+    console.print(f"note: {text}", markup=False)
+
+
 class Bar:
     """A progress bar over `total` updates; silent unless `show`."""
 

@@ -30,7 +30,7 @@ from ..methods.registry import check_settings
 from ..prompts import PromptSet
 from ..rewards import NamedReward, Scores, named
 from ..runs import runfolder
-from ..runs.progress import Bar, StopRequest, console
+from ..runs.progress import Bar, StopRequest, note
 from ..runs.runfolder import RunFolder
 from ..runtime import backoff, distributed
 from ..runtime.optimizers import schedule_lr
@@ -294,13 +294,13 @@ class Trainer:
         self._write_guard()
         self.log.open()
         if self.show and self.config.model.unet_reg_scale and self.updates_per_epoch == 1:
-            console.print(
-                "note: model.unet_reg_scale has no effect with one update per epoch, because the "
+            note(
+                "model.unet_reg_scale has no effect with one update per epoch, because the "
                 "samples are drawn by the very parameters that are updated"
             )
         late = late_start(self.table, self.policy.noising)
         if self.show and late:
-            console.print(f"note: {late}")
+            note(late)
         return position
 
     def _versions(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..core import rng
-from ..core.grids import angles
+from ..core.grids import by_angle
 from ..core.schedules import AngleNoising, Levels, Noising, output_of
 from ..core.types import Condition, Metadata
 from .mixture import Mixture, Posterior
@@ -217,9 +217,7 @@ def world_times(noising: Noising, num_steps: int) -> list[float]:
         if not 1 <= num_steps <= noising.last:
             raise ValueError(f"a world has at most {noising.last} steps")
         return [noising.last * k // num_steps for k in range(num_steps, 0, -1)]
-    first, last = angles(noising)
-    steps = [first + (last - first) * k / num_steps for k in range(num_steps, 0, -1)]
-    return [noising.time_at(angle) for angle in steps]
+    return by_angle(noising, num_steps)
 
 
 class WorldReward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,12 @@ PICTURES = 4  # drawn by each form
 
 @dataclass(frozen=True)
 class Trained:
-    """The model that was trained. name: of its run."""
+    """The model that was trained. name: of its run. times: of its steps."""
 
     policy: LatentPolicy
     config: Config
     name: str
+    times: Sequence[float]
     drawn: Drawn
 
 
@@ -114,7 +116,7 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
     with policy.reference():
         before = draw(policy.pipeline, family, config, prompts, times)
     after = draw(policy.pipeline, family, config, prompts, times)
-    return Trained(policy, config, record.name, Drawn(prompts, before, after))
+    return Trained(policy, config, record.name, times, Drawn(prompts, before, after))
 
 
 def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
@@ -124,8 +126,7 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    times = times_of(trained.config.sampling, trained.policy)
-    again = draw(fresh, family, trained.config, drawn.prompts, times)
+    again = draw(fresh, family, trained.config, drawn.prompts, trained.times)
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()
