@@ -11,6 +11,7 @@ from .guard import GuardSettings
 from .logs import Logging, Saving
 from .method import MethodSettings
 from .model import Model
+from .pool import PoolSettings
 from .pretrained import Pretrained
 from .reward import RewardSettings
 from .sampling import Sampling
@@ -27,6 +28,7 @@ class Config(Group):
     model: Model = Field(default_factory=Model)
     experiment: Experiment = Field(default_factory=Experiment)
     method: MethodSettings = Field(default_factory=MethodSettings)
+    pool: PoolSettings = Field(default_factory=PoolSettings)
     reward: RewardSettings = Field(default_factory=RewardSettings)
     sampling: Sampling = Field(default_factory=Sampling)
     pretrained: Pretrained = Field(default_factory=Pretrained)
@@ -52,12 +54,33 @@ class Config(Group):
                 "config.speed.fused_optimizer=True has a meaning for "
                 "config.training.optimizer=adamw only"
             )
+        self._check_pool()
         for name in ("compile", "cuda_graphs", "channels_last"):
             if self.training.shard_base and getattr(self.speed, name):
                 raise ConfigError(
                     "config.training.shard_base=True was not tried with "
                     f"config.speed.{name}: leave one out"
                 )
+
+    def _check_pool(self) -> None:
+        if self.training.source != "pool":
+            return
+        if self.pool.size % self.pool.images_per_prompt:
+            raise ConfigError(
+                f"config.pool.images_per_prompt={self.pool.images_per_prompt} must divide "
+                f"config.pool.size={self.pool.size}"
+            )
+        if self.model.unet_reg_scale:
+            raise ConfigError(
+                f"config.model.unet_reg_scale={self.model.unet_reg_scale:g} holds on to the "
+                "parameters that drew the samples, and a pool's were drawn by others: set "
+                "config.model.unet_reg_scale=0"
+            )
+        if self.sampling.eta != 1:
+            raise ConfigError(
+                f"config.sampling.eta={self.sampling.eta:g} does not go with "
+                "config.training.source=pool, whose paths forget their noise: leave it at 1"
+            )
 
     def updates_per_epoch(self) -> int:
         """Optimizer updates per inner epoch. Raises ConfigError when the batches do not divide."""

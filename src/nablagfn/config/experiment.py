@@ -16,8 +16,9 @@ class Experiment(Group):
         "nabla-db",
         min_length=1,
         description="nabla-db (residual ∇-DB, the paper), nabla-db-lambda (∇-DB(λ)), "
-        "adjoint-matching, terminal-gradient, refl, draft-k, draft-lv, alignprop, ddpo or dag-db "
-        "(docs/methods.md compares them), or package.module:object for your own",
+        "nabla-db-pool (∇-DB on a pool), reward-weighted, adjoint-matching, terminal-gradient, "
+        "refl, draft-k, draft-lv, alignprop, ddpo or dag-db (docs/methods.md compares them), or "
+        "package.module:object for your own",
     )
     reward_fn: str = Field(
         "aesthetic",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from .base import Group
 
@@ -30,10 +30,23 @@ class MethodSettings(Group):
         True,
         description="nabla-db-lambda: the flow network also sees x̂, which the guess has computed",
     )
-    step_weight: Literal["auto", "one", "std"] = Field(
+    step_weight: Literal["auto", "one", "std"] | NonNegativeFloat = Field(
         "auto",
-        description="w_k of the matching loss: one, or std (σ_k); auto: one for nabla-db, std for "
-        "the other matching methods",
+        description="w_k of the matching loss: one, std (σ_k), or a number p for σ_k to the power "
+        "of p; auto: one for nabla-db, std for the other matching methods",
+    )
+    guess: Literal["gradient", "shifted", "no-jacobian"] = Field(
+        "gradient",
+        description="how the reward guess gets from ∇r(x̂) to x: gradient (back through the model), "
+        "shifted (the model once more at x + a·β∇r: exact for linear rewards, no backward pass) or "
+        "no-jacobian (∇r(x̂) itself); for nabla-db with no_flow, and nabla-db-lambda with a window "
+        "or without g_φ",
+    )
+    shift_cap: float = Field(
+        1.0,
+        gt=0,
+        description="longest shift of the shifted guess, in standard deviations of the noise in x; "
+        "for method.guess=shifted and nabla-db-pool",
     )
     guess_model: Literal["auto", "finetuned", "pretrained"] = Field(
         "auto",

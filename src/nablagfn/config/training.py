@@ -12,6 +12,11 @@ from .base import Group
 class Training(Group):
     """Optimisation."""
 
+    source: Literal["paths", "pool"] = Field(
+        "paths",
+        description="what is learned from: paths (drawn anew each epoch by the model as it is) or "
+        "pool (paths of the pretrained model, drawn once, and a share of the model's own: pool.…)",
+    )
     lr: float = Field(1e-3, gt=0, description="learning rate of the LoRA")
     flow_lr: float = Field(1e-3, gt=0, description="learning rate of the flow network g_φ")
     flow_wd: float = Field(1e-2, ge=0, description="weight decay of the flow network")

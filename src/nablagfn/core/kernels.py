@@ -28,7 +28,9 @@ class Level:
     """How noisy M samples are, shaped to broadcast against x [M, ...]; time: [M], for the model.
 
     alpha_bar: ᾱ = α²/(α² + σ²) in 0..1, the share of the signal. clean_x, clean_output: x̂ is
-    clean_x·x + clean_output·u.
+    clean_x·x + clean_output·u. end_scale, end_std: x = end_scale·x_N + end_std·noise, relative to
+    the sampler's end, which keeps some noise (`seen_from_end`). end_x, end_clean: what is predicted
+    of x_N is end_x·x + end_clean·x̂.
     """
 
     time: Tensor
@@ -37,6 +39,10 @@ class Level:
     alpha_bar: Tensor
     clean_x: Tensor
     clean_output: Tensor
+    end_scale: Tensor
+    end_std: Tensor
+    end_x: Tensor
+    end_clean: Tensor
 
     def __getitem__(self, rows: Tensor) -> Level:
         """The levels of these samples, [n] integers on the device."""
@@ -50,7 +56,8 @@ class Step:
     here, next: the levels of x_k and x_{k+1}. last: [M] booleans, True where x_{k+1} is the clean
     sample x_N. noisy: the other rows, integers that stay on the CPU: what is to be evaluated is
     known without asking the device. c1, c2, std: of the kernel in x and u. eps_slope: ∂ε/∂u at x_k.
-    back_x, back_std: q(x_k|x_{k+1}) = N(back_x·x_{k+1}, back_std²), the forward process.
+    back_x, back_std: q(x_k|x_{k+1}) = N(back_x·x_{k+1}, back_std²), the forward process. bridge_x,
+    bridge_end: E[x_{k+1}|x_k, x_N] = bridge_x·x_k + bridge_end·x_N under it.
     """
 
     here: Level
@@ -63,6 +70,8 @@ class Step:
     eps_slope: Tensor
     back_x: Tensor
     back_std: Tensor
+    bridge_x: Tensor
+    bridge_end: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +117,13 @@ class KernelTable:
 
     @functools.cached_property
     def coefficients(self) -> Tensor:
-        """[16, N] float64: five of each level at x_k, then at x_{k+1}, then six of the step."""
+        """[26, N] float64: nine of each level at x_k, then at x_{k+1}, then eight of the step."""
         alpha, sigma = self.schedule.alpha, self.schedule.sigma
-        level = torch.stack([alpha, sigma, self.schedule.alpha_bar, *self.clean])
+        end = seen_from_end(self.schedule)
+        level = torch.stack([alpha, sigma, self.schedule.alpha_bar, *self.clean, *end])
         a, s, a_next, s_next = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
         back = a / a_next
+        bridge_x, bridge_end = bridge(*end[:2])
         step = torch.stack(
             [
                 self.c1,
@@ -121,6 +132,8 @@ class KernelTable:
                 -a * self.clean[1, :-1] / s,
                 back,
                 (s.square() - (back * s_next).square()).sqrt(),
+                bridge_x,
+                bridge_end,
             ]
         )
         return torch.cat([level[:, :-1], level[:, 1:], step])
@@ -135,11 +148,11 @@ class KernelTable:
         shape = (len(coefficients), -1, *([1] * (like.ndim - 1)))
         found = coefficients[:, k].reshape(shape).unbind(0)
         return Step(
-            Level(times[k], *found[:5]),
-            Level(times[k + 1], *found[5:10]),
+            Level(times[k], *found[:9]),
+            Level(times[k + 1], *found[9:18]),
             k + 1 == self.num_steps,
             (step.cpu() + 1 != self.num_steps).nonzero()[:, 0],
-            *found[10:],
+            *found[18:],
         )
 
     def at_step(self, step: int, like: Tensor) -> Step:
@@ -159,7 +172,7 @@ class KernelTable:
 def _resident(
     table: KernelTable, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The table's coefficients [16, N] and its times [N+1], kept on a device."""
+    """The table's coefficients [26, N] and its times [N+1], kept on a device."""
     return table.coefficients.to(dtype).to(device), table.time.to(dtype).to(device)
 
 
@@ -170,6 +183,31 @@ def _one_step(
     """The step's coefficients as [1, ...] tensors, kept: a sampler asks for them every epoch."""
     like = torch.empty([1] * ndim, device=device, dtype=dtype)
     return table.at(torch.tensor([step]), like)
+
+
+def seen_from_end(schedule: Schedule) -> Tensor:
+    """end_scale, end_std, end_x and end_clean of each level, [4, N+1] float64 (`Level`).
+
+    The sampler's end x_N = α_N·x_clean + σ_N·noise keeps some noise. With x = α·x_clean + σ·noise
+    from the forward process x_N → x, of scale a = α/α_N and deviation s = √(σ² − (aσ_N)²),
+
+        E[x_N|x, x_clean] = α_N·x_clean + (aσ_N²/σ²)(x − α·x_clean)
+    """
+    alpha, sigma = schedule.alpha, schedule.sigma
+    scale = alpha / alpha[-1]
+    std = (sigma.square() - (scale * sigma[-1]).square()).clamp(min=0).sqrt()
+    end_x = torch.where(sigma > 0, scale * sigma[-1].square() / sigma.square(), 1.0)
+    return torch.stack([scale, std, end_x, alpha[-1] - end_x * alpha])
+
+
+def bridge(scale: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """bridge_x and bridge_end, [N] each, from end_scale and end_std [N+1] of the levels.
+
+    With R = (a·s'/(a'·s))²: (a'/a)·R of x_k and a'·(1 − R) of x_N; finite at a = 0.
+    """
+    a, s, a_next, s_next = scale[:-1], std[:-1], scale[1:], std[1:]
+    on_x = a * s_next.square() / (a_next * s.square())
+    return on_x, a_next - a * on_x
 
 
 def kernel_table(schedule: Schedule, eta: float, prediction: Prediction) -> KernelTable:
@@ -213,6 +251,20 @@ def mean(x: Tensor, output: Tensor, k: Step) -> Tensor:
 def predict_clean(x: Tensor, output: Tensor, level: Level) -> Tensor:
     """x̂ = E[x_clean|x], the one-step (Tweedie) prediction of the clean sample, [M, ...]."""
     return level.clean_x * x + level.clean_output * output
+
+
+def predict_end(x: Tensor, output: Tensor, level: Level) -> Tensor:
+    """E[x_N|x], what is predicted of the sampler's own end, [M, ...]."""
+    return level.end_x * x + level.end_clean * predict_clean(x, output, level)
+
+
+def bridge_noise(x: Tensor, x_end: Tensor, output: Tensor, k: Step) -> Tensor:
+    """z̄ = (E[x_{k+1}|x_k, x_N] − m(x_k))/σ, [M, ...]: what of the step's noise x_N tells.
+
+    Its mean given x_k is that of (x_{k+1} − m)/σ where the sampler is the inverse of the forward
+    process, and its variance a small part of it.
+    """
+    return (k.bridge_x * x + k.bridge_end * x_end - mean(x, output, k)) / k.std
 
 
 def score_next(x: Tensor, x_next: Tensor, output: Tensor, k: Step) -> Tensor:

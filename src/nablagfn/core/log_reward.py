@@ -48,6 +48,10 @@ class LogReward:
             return self(x_clean, condition)
         return by_level(self, replace(self, decoder=None), x_clean, k, condition)
 
+    def plain(self) -> LogReward:
+        """r itself, without β, decoded by the policy."""
+        return replace(self, scale=1.0, temper=untempered, decoder=None)
+
     def of(self, reward: Tensor) -> Tensor:
         """β·r of rewards that were measured, of any shape."""
         return self.temper() * self.scale * reward

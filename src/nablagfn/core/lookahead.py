@@ -1,8 +1,20 @@
-"""The forward-looking guess: the reward gradient at the predicted clean sample."""
+"""The forward-looking guess: the reward gradient at the predicted clean sample.
+
+Three ways from ∇r to a gradient at x, with β·γ·…:
+
+    gradient      J_x̂ᵀ ∇r(x̂(x))                                (Liu et al. 2025)
+    shifted       [ E[x_N|x + h·β∇r] − E[x_N|x] ]/h,  h = s²/a      x = a·x_N + s·noise
+    no-jacobian   ∇r(x̂(x))
+
+Tilting by a linear reward shifts what was observed: for it the shifted one is exact with any prior,
+also where that has several modes, which a gradient cannot see. The first is its limit h → 0. It
+takes a forward pass for the backward one. Where h is large, and r then not linear, h is held back
+so that the shift is no longer than `cap` times the noise s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +25,11 @@ from torch import Tensor
 from . import kernels
 from .log_reward import LogReward
 from .types import Condition, Policy, beside
+from .value_gradient import mean_square
 
 Attenuation = Literal["squared", "sqrt", "none"]
+GuessKind = Literal["gradient", "shifted", "no-jacobian"]
+LEAST = 1e-12  # where something is divided by what may be 0
 
 
 def attenuation(alpha_bar: Tensor, mode: Attenuation) -> Tensor:
@@ -64,6 +79,17 @@ def without_theta(policy: Policy) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class How:
+    """kind: of the guess. cap: of the shift, in units of the noise s."""
+
+    kind: GuessKind = "gradient"
+    cap: float = 1.0
+
+
+GRADIENT = How()
+
+
+@dataclass(frozen=True)
 class Guessed:
     """gradient: β·γ·∇r at x; x_clean: the x̂(x) it was taken at. Both detached, [M, ...]."""
 
@@ -78,12 +104,15 @@ def guess(
     k: kernels.Step,
     condition: Condition,
     mode: Attenuation,
+    how: How = GRADIENT,
 ) -> Guessed:
-    """β·γ·∇_x r(decode(x̂(x))) at x = x_{k+1} (Liu et al. 2025).
+    """β·γ times the gradient at x = x_{k+1}, by `how`.
 
     x̂ is the policy's: the pretrained model's inside `policy.reference()`. At the clean end x̂ is x
-    itself and γ = 1.
+    itself, the gradient β∇r(x), and γ = 1.
     """
+    if how.kind != "gradient":
+        return _without_backward(log_reward, policy, x_next, k, condition, mode, how)
     x = x_next.detach().requires_grad_()
     with without_theta(policy), torch.enable_grad():
         x_clean = predicted_clean(policy, x, k, condition)
@@ -92,3 +121,54 @@ def guess(
     gamma = attenuation(k.next.alpha_bar, mode)
     last = k.last.reshape(-1, *([1] * (x.ndim - 1)))
     return Guessed(torch.where(last, gradient, gamma * gradient), x_clean.detach())
+
+
+def _without_backward(
+    log_reward: LogReward,
+    policy: Policy,
+    x: Tensor,
+    k: kernels.Step,
+    condition: Condition,
+    mode: Attenuation,
+    how: How,
+) -> Guessed:
+    """The kinds that differentiate the reward alone, and not the network."""
+    with torch.no_grad():
+        x_clean = predicted_clean(policy, x, k, condition)
+    leaf = x_clean.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(log_reward.at_next(leaf, k, condition).sum(), leaf)
+    found = slope
+    if how.kind == "shifted":
+        found = shifted(
+            slope,
+            k.next,
+            how.cap,
+            lambda shift: predicted_clean(policy, x + shift, k, condition) - x_clean,
+        )
+    found = attenuation(k.next.alpha_bar, mode) * found
+    last = k.last.reshape(-1, *([1] * (x.ndim - 1)))
+    return Guessed(torch.where(last, slope, found), x_clean)
+
+
+def shifted(
+    slope: Tensor, level: kernels.Level, cap: float, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[ E[x_N|x + h·slope] − E[x_N|x] ]/h, [M, ...], without a graph.
+
+    slope: [M, ...] β∇r. change: x̂(x + shift) − x̂(x) of a shift [M, ...].
+    """
+    size = shift_size(slope, level, cap)
+    with torch.no_grad():
+        moved = level.end_x * size * slope + level.end_clean * change(size * slope)
+    return moved / size.clamp(min=LEAST)
+
+
+def shift_size(slope: Tensor, level: kernels.Level, cap: float) -> Tensor:
+    """h = s²/a, or what makes h·slope as long as cap·s (root mean square), [M, 1, ...].
+
+    slope: [M, ...] β∇r. Finite at a = 0 and at s = 0.
+    """
+    a, s = level.end_scale, level.end_std
+    length = mean_square(slope).sqrt().reshape(-1, *([1] * (slope.ndim - 1)))
+    return torch.minimum(s.square() / a.clamp(min=LEAST), cap * s / length.clamp(min=LEAST))

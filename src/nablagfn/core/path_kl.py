@@ -47,11 +47,13 @@ class PathRatio:
     """Paths of the policy against the pretrained model's, step by step, [B, N] each, nats.
 
     kl: KL(p_θ(·|x_k)‖p_#(·|x_k)). log_ratio: log p_θ(x_{k+1}|x_k)/p_#(x_{k+1}|x_k) of the step
-    that was taken, whose mean over the policy's paths is that of kl.
+    that was taken, whose mean over the policy's paths is that of kl. output_ref: [B, N, ...]
+    u_#(x_k), where it was to be kept.
     """
 
     kl: Tensor
     log_ratio: Tensor
+    output_ref: Tensor | None = None
 
 
 def log_weight(log_ratio: Tensor, reward: Tensor, beta: float, base_share: float = 0.0) -> Tensor:
@@ -70,13 +72,18 @@ def log_weight(log_ratio: Tensor, reward: Tensor, beta: float, base_share: float
 
 
 def path_ratio(
-    policy: Policy, table: KernelTable, paths: Trajectories, *, of_reference: bool = False
+    policy: Policy,
+    table: KernelTable,
+    paths: Trajectories,
+    *,
+    of_reference: bool = False,
+    keep_reference: bool = False,
 ) -> PathRatio:
     """Of paths drawn by the policy as it is, or of_reference: by the pretrained model.
 
     Costs N evaluations of the other of the two a path.
     """
-    kl, ratios = [], []
+    kl, ratios, kept = [], [], []
     with torch.no_grad(), nullcontext() if of_reference else policy.reference():
         for step in range(paths.num_steps):
             x = paths.x[:, step]
@@ -86,9 +93,12 @@ def path_ratio(
             if of_reference:
                 output, output_ref = output_ref, output
             kl.append(step_kl(output, output_ref, k))
+            if keep_reference:
+                kept.append(output_ref)
             moved = log_ratio(x, paths.x[:, step + 1], output, output_ref, k)
             ratios.append(moved.flatten(1).double().sum(1))
-    return PathRatio(torch.stack(kl, 1), torch.stack(ratios, 1))
+    reference = torch.stack(kept, 1) if keep_reference else None
+    return PathRatio(torch.stack(kl, 1), torch.stack(ratios, 1), reference)
 
 
 def path_kl(policy: Policy, table: KernelTable, paths: Trajectories) -> Tensor:

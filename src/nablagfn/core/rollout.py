@@ -112,6 +112,18 @@ class WindowChoice:
         return min(max(start, 0), num_steps - length) + torch.arange(length)
 
 
+@dataclass(frozen=True)
+class SpreadChoice:
+    """One step of each of ⌊fraction·N⌋ equal stretches (at least 1), and no other."""
+
+    fraction: float
+
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        if self.fraction >= 1:
+            return torch.arange(num_steps)
+        return subsample_steps(num_steps, self.fraction, True, generator)[:-1]
+
+
 def subsample_steps(
     num_steps: int, fraction: float, low_variance: bool, generator: torch.Generator
 ) -> Tensor:

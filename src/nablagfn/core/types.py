@@ -63,17 +63,39 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """What a pool knows of the paths that were taken from it (`training.pool`).
+
+    output_ref: [B, N, ...] u_#(x_k). weight: [B] w/q, their share of the target over the
+    probability q by which they were taken; control: [B] 1/q. Both have mean 1 over what is taken.
+    gradient: [B, ...] ∇r(x_N), without β; None where the objective asks for none.
+    """
+
+    output_ref: Tensor
+    weight: Tensor
+    control: Tensor
+    gradient: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> Pooled:
+        """Those of the paths named by `index` ([M] integers)."""
+        here = beside(index, self.weight)
+        gradient = None if self.gradient is None else self.gradient[here]
+        return Pooled(self.output_ref[here], self.weight[here], self.control[here], gradient)
+
+
+@dataclass(frozen=True)
 class Trajectories:
     """Sampled paths: x [B, N+1, ...], noise to clean; output [B, N, ...], the model's u(x_k) when
     they were drawn.
 
-    reward: [B] r(decode(x_N)), once it has been measured.
+    reward: [B] r(decode(x_N)), once it has been measured. pooled: of paths from a pool.
     """
 
     x: Tensor
     output: Tensor
     condition: Condition
     reward: Tensor | None = None
+    pooled: Pooled | None = None
 
     def __getitem__(self, index: Tensor) -> Trajectories:
         """The trajectories named by `index` ([M] integers)."""
@@ -83,6 +105,7 @@ class Trajectories:
             output=self.output[here],
             condition=self.condition[index],
             reward=None if self.reward is None else self.reward[here],
+            pooled=None if self.pooled is None else self.pooled[index],
         )
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .kernels import Step
 from .types import NO_SIGNALS, Selection, Signals, Transitions
 
-StepWeight = Literal["one", "std"]
+StepWeight = Literal["one", "std"] | float  # a number p: σ_k to the power of p
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,11 @@ class Estimator(Protocol):
 
 
 def step_weight(k: Step, mode: StepWeight) -> Tensor:
-    """w_k: 1 (Liu et al. 2025), or σ_k, in which ½Σ‖w_k·residual score‖² is the path's KL."""
-    return torch.ones_like(k.std) if mode == "one" else k.std
+    """w_k: 1 (Liu et al. 2025), or σ_k, in which ½Σ‖w_k·residual score‖² is the path's KL, or
+    another power of σ_k."""
+    if mode == "one":
+        return torch.ones_like(k.std)
+    return k.std if mode == "std" else k.std**mode
 
 
 def mean_square(value: Tensor) -> Tensor:

@@ -14,9 +14,18 @@ def build(p: Parts) -> Objective:
     m = p.config.model
     if m.no_flow:
         guess = Guess(
-            p.policy, p.log_reward, m.reward_adaptive_mode, frozen_guess=p.frozen_guess(False)
+            p.policy,
+            p.log_reward,
+            m.reward_adaptive_mode,
+            frozen_guess=p.frozen_guess(False),
+            how=p.how,
         )
         return p.matching(guess, p.weight("one"))
+    if p.how.kind != "gradient":
+        raise ConfigError(
+            f"config.method.guess={p.how.kind} is for nabla-db with config.model.no_flow=True: the "
+            "published reverse loss takes the gradient"
+        )
     if p.frozen_guess(False):
         raise ConfigError(
             "config.method.guess_model=pretrained is for nabla-db-lambda, or nabla-db with "

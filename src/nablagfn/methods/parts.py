@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, untempered
+from ..core.lookahead import How
 from ..core.rollout import StepChoice, WindowChoice
 from ..core.types import Objective, Policy, Reward
 from ..core.value_gradient import Estimator, StepWeight
@@ -66,6 +67,10 @@ class Parts:
     def weight(self, auto: StepWeight) -> StepWeight:
         chosen = self.config.method.step_weight
         return auto if chosen == "auto" else chosen
+
+    @property
+    def how(self) -> How:
+        return How(self.config.method.guess, self.config.method.shift_cap)
 
     def frozen_guess(self, auto: bool) -> bool:
         chosen = self.config.method.guess_model

@@ -52,7 +52,8 @@ class Method:
     has_prior: it targets p_pretrained·exp(βr), so that β changes its result. alive: its graphs.
     learns_flow: whether g_φ is built. guesses: it scores predicted clean samples, for which
     `model.guess_decoder` may stand in. uneven: why processes would make different numbers of
-    passes, so that the model cannot be sharded over them; empty where they make the same.
+    passes, so that the model cannot be sharded over them; empty where they make the same. sources:
+    what `training.source` may be.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method:
     learns_flow: Callable[[Config], bool] = never
     guesses: bool = False
     uneven: Callable[[Config], str] = even
+    sources: tuple[str, ...] = ("paths",)
 
     def objective(self, parts: Parts) -> Objective:
         """What trains by this method."""

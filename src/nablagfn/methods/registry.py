@@ -8,6 +8,7 @@ from ..core.samplers import eta_of
 from .record import Aim, Alive, Method
 
 KEY = "config.experiment.method"
+EITHER = ("paths", "pool")  # of those whose loss holds for paths that others have drawn
 ESTIMATORS, OBJECTIVES = f"{__package__}.estimators", f"{__package__}.objectives"
 
 
@@ -58,6 +59,21 @@ METHODS = {
             alive=lambda config: Alive(1, 1, kept=with_flow(config)),
             learns_flow=with_flow,
             guesses=True,
+            sources=EITHER,
+        ),
+        Method(
+            "nabla-db-pool",
+            build=f"{OBJECTIVES}.reweighted:build_pool",
+            has_prior=True,
+            alive=lambda config: Alive(0, 1),
+            sources=("pool",),
+        ),
+        Method(
+            "reward-weighted",
+            build=f"{OBJECTIVES}.reweighted:build_reward_weighted",
+            has_prior=True,
+            alive=lambda config: Alive(None, 1),
+            sources=("pool",),
         ),
         Method(
             "nabla-db-lambda",
@@ -67,6 +83,7 @@ METHODS = {
             learns_flow=_lambda_learns,
             guesses=True,
             uneven=_lambda_uneven,
+            sources=EITHER,
         ),
         Method(
             "adjoint-matching",
@@ -74,12 +91,14 @@ METHODS = {
             has_prior=True,
             alive=lambda config: Alive(0, 1),
             uneven=uneven,
+            sources=EITHER,
         ),
         Method(
             "terminal-gradient",
             build=f"{ESTIMATORS}.terminal_gradient:build",
             has_prior=True,
             alive=lambda config: Alive(0, 1),
+            sources=EITHER,
         ),
         Method(
             "refl",
@@ -161,6 +180,12 @@ def check_method(config: Config) -> None:
         raise ConfigError(
             f"config.model.guess_decoder={decoder!r} has no use in {method.name}, which guesses no "
             f"reward: leave it out, or take {able}"
+        )
+    source = config.training.source
+    if source not in method.sources:
+        raise ConfigError(
+            f"config.training.source={source} does not go with {KEY}={method.name}, which learns "
+            f"from {method.sources[0]}: set config.training.source={method.sources[0]}"
         )
     reason = method.uneven(config)
     if config.training.shard_base and reason:

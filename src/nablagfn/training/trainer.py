@@ -38,9 +38,11 @@ from .checkpoint import CheckpointIO, Position, load_policy
 from .collect import Collector
 from .guard import Guard
 from .observe import Observer
+from .pool import PoolCollector
 from .runlog import RunLog, make_accelerator
 from .updater import TrainingError, Updater, require_finite
 
+POOL = "pool"  # folder of a run
 IDENTITY = ("pretrained.model", "pretrained.family", "experiment.reward_fn")  # what was passed is
 UNBUILT = {  # what an object has that says nothing of an option: the option's default
     key: value
@@ -178,19 +180,11 @@ class Trainer:
         self.counts = Counts()
         working = counted(policy, self.counts)
         self.guard = Guard(config.guard)
-        self.objective = build_objective(
-            Parts(config, working, reward, prompts, self.table, lambda: self.guard.factor)
-        )
+        parts = Parts(config, working, reward, prompts, self.table, lambda: self.guard.factor)
+        self.objective = build_objective(parts)
         self.updater = Updater(self.accelerator, policy, self.objective, config)
         self.log = RunLog(self.accelerator, self.folder, config)
-        self.collector = Collector(
-            working,
-            self.table,
-            prompts,
-            config,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
+        self.collector = self._make_collector(working, parts)
         self.callbacks, self._enough = tuple(callbacks), False
         self.observer = self._make_observer(view, held_out, recogniser)
         self.checkpoints = CheckpointIO(
@@ -201,6 +195,24 @@ class Trainer:
             self.updater.scaler,
             self.guard,
             limit=config.logging.num_checkpoint_limit,
+        )
+
+    def _make_collector(self, working: Policy, parts: Parts) -> Collector:
+        """Of new paths, or of a pool's."""
+        config, table, prompts = self.config, self.table, self.prompts
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if config.training.source == "paths":
+            return Collector(working, table, prompts, config, rank=rank, world=world)
+        return PoolCollector(
+            working,
+            table,
+            prompts,
+            config,
+            log_reward=parts.log_reward,
+            gradients=self.objective.uses_reward_gradient,
+            folder=self.folder.path / POOL,
+            rank=rank,
+            world=world,
         )
 
     def _make_observer(
@@ -348,7 +360,7 @@ class Trainer:
         epoch, update = position.epoch, position.update
         bar.note("sampling")
         drawn = self.collector.collect(epoch, between=lambda: self._leave_if_asked(stop))
-        scores = self._scores(drawn)
+        scores = self._scores(drawn) if drawn.reward is None else Scores(drawn.reward, {})
         drawn = replace(drawn, reward=scores.total)
         rewards = {**self._observe(drawn), **self._components(scores)}
         require_finite(rewards["reward"], "the reward", "check the reward function")

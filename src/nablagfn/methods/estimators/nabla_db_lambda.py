@@ -17,11 +17,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...config import ConfigError
 from ...core import kernels
 from ...core.bellman import Backed, Pass, Returns, ReturnSignals, adjoint, returns, sweep
 from ...core.kernels import KernelTable, Step
 from ...core.log_reward import LogReward, terminal_gradient
-from ...core.lookahead import Attenuation, attenuation, guess, row_attenuation
+from ...core.lookahead import (
+    GRADIENT,
+    Attenuation,
+    How,
+    attenuation,
+    guess,
+    row_attenuation,
+    shifted,
+)
 from ...core.rollout import WindowChoice
 from ...core.types import NO_SIGNALS, Condition, Objective, Policy, Selection, Signals, Transitions
 from ...core.value_gradient import (
@@ -52,7 +61,7 @@ class NablaDBLambda(Estimator):
 
     frozen_guess: x̂ of the pretrained model (the guess and the Bellman target at x_k then pass
     through the same ε_#) or of the finetuned one. window: transitions are chosen as a window.
-    chunk: paths per sweep.
+    how: the guess is made. chunk: paths per sweep.
     """
 
     def __init__(
@@ -68,8 +77,10 @@ class NablaDBLambda(Estimator):
         frozen_guess: bool,
         window: bool = False,
         hint: bool = False,
+        how: How = GRADIENT,
         chunk: int,
     ) -> None:
+        self.how = how
         self.policy = policy
         self.log_reward = log_reward
         self.table = table
@@ -121,13 +132,26 @@ class NablaDBLambda(Estimator):
             guessing = Pass.at(self.policy, here.x, here.k, here.condition, frozen=False)
         x_clean = guessing.x_clean()
         slope = terminal_gradient(self.log_reward, x_clean, here.condition)
-        slope = attenuation(here.k.here.alpha_bar, self.mode) * slope
-        if at_start and self.frozen_guess:
-            return Backed(rest=here.product([here.mean(), x_clean], [v_next, -slope]))
-        known = guessing.product([x_clean], [slope])
+        gamma = attenuation(here.k.here.alpha_bar, self.mode)
+        if at_start and self.frozen_guess and self.how.kind == "gradient":
+            return Backed(rest=here.product([here.mean(), x_clean], [v_next, -gamma * slope]))
+        known = self._known(guessing, x_clean, slope, gamma)
         back = here.pull_back(v_next)
         value = known + self._learned(here.x, here.k.here.time, here.condition, x_clean)
         return Backed(mixed=(1 - self.lam) * value + self.lam * back, rest=back - known)
+
+    def _known(self, here: Pass, x_clean: Tensor, slope: Tensor, gamma: Tensor) -> Tensor:
+        """The guess at x_k, [B, ...], detached; slope: β∇r(x̂)."""
+        if self.how.kind == "gradient":
+            return here.product([x_clean], [gamma * slope])
+        if self.how.kind == "no-jacobian":
+            return gamma * slope
+
+        def change(shift: Tensor) -> Tensor:
+            there = Pass.at(self.policy, here.x + shift, here.k, here.condition, frozen=here.frozen)
+            return there.x_clean().detach() - x_clean.detach()
+
+        return gamma * shifted(slope, here.k.here, self.how.cap, change)
 
     def ahead(self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor) -> Ahead:
         """Without a sweep v̂(x_{k+1}), and g_φ's target where it needs no ε_θ(x_k)."""
@@ -158,7 +182,7 @@ class NablaDBLambda(Estimator):
     def value(self, x_next: Tensor, k: Step, condition: Condition) -> Tensor:
         """V(x_{k+1}), detached, [M, ...]; exact at the clean end."""
         with self.policy.reference() if self.frozen_guess else nullcontext():
-            known = guess(self.log_reward, self.policy, x_next, k, condition, self.mode)
+            known = guess(self.log_reward, self.policy, x_next, k, condition, self.mode, self.how)
         learned = self._learned(x_next, k.next.time, condition, known.x_clean)
         return known.gradient + torch.where(_rows(k.last, learned), 0.0, learned)
 
@@ -213,6 +237,11 @@ def build(p: Parts) -> Objective:
     """The method nabla-db-lambda."""
     m, weight = p.config.method, p.weight("std")
     learns = find_method("nabla-db-lambda").learns_flow(p.config)
+    if p.how.kind != "gradient" and learns and not (m.window or m.return_lambda):
+        raise ConfigError(
+            f"config.method.guess={p.how.kind} is for nabla-db-lambda with a sweep: set "
+            "config.method.window"
+        )
     estimator = NablaDBLambda(
         p.policy,
         p.log_reward,
@@ -224,6 +253,7 @@ def build(p: Parts) -> Objective:
         weight=weight,
         frozen_guess=p.frozen_guess(True),
         window=m.window > 0,
+        how=p.how,
         chunk=p.chunk,
     )
     return p.matching(estimator, weight, WindowChoice(m.window) if m.window else None)

@@ -1,0 +1,41 @@
+"""The pool of paths that is learned from with `training.source=pool`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from .base import Group
+
+
+class PoolSettings(Group):
+    """The pool (`training.source=pool`): paths of the pretrained model, drawn once, beside which
+    some of the finetuned model's own are drawn now and then.
+    """
+
+    size: int = Field(
+        720, ge=2, description="paths of the pretrained model per process; drawn once"
+    )
+    images_per_prompt: int = Field(
+        16,
+        ge=2,
+        description="of them for each prompt, as the weights exp(βr) compare pictures of one "
+        "prompt only; must divide pool.size",
+    )
+    tilt: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="τ: paths are taken in proportion to 1 − τ + τw, w their weight in the target; "
+        "0: all alike. What is learned stays the same, its variance does not",
+    )
+    own_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="size of a draw of the finetuned model's own paths, as a share of pool.size; "
+        "0: none",
+    )
+    refresh: int = Field(10, ge=1, description="epochs from one draw of own paths to the next")
+    keep_draws: int = Field(
+        2, ge=1, description="draws of own paths that are kept; older ones are dropped"
+    )

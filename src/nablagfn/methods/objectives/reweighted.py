@@ -1,0 +1,174 @@
+"""Regression on the paths of a pool, weighted by their share of the target: nabla-db-pool and
+reward-weighted.
+
+In units of σ_k the policy moves the mean of a step by d, and x_N says of the step's noise z̄:
+
+    d(x_k) = (c2/σ)(u_θ − u_#)(x_k),      z̄ = (E[x_{k+1}|x_k, x_N] − m_#(x_k))/σ
+
+    loss = (ω_k/σ_k)² ( w‖d‖² − 2 d·t ),   t = (1 − γ_k)[ w z̄ − c (z̄ − d†) ] + γ_k w d̂
+
+w: the path's weight in the target, exp(βr)·p_#/p_drawn; d†: d of what drew the path, so that z̄ − d†
+has mean 0 given x_k and may be taken off with any factor that does not depend on x_N: c = 1. It
+takes the pretrained model's own errors out of the regression, and variance. Without γ (the method
+reward-weighted) the minimiser is E[w z̄|x_k]/E[w|x_k], the step of the target, for any reward, and
+no gradient of it is needed. With γ_k = ᾱ_k (nabla-db-pool) the steps near the clean end, where z̄ is
+almost noise alone and the reward almost linear, take the shifted guess instead:
+
+    d̂ = (b/σ)(s²/a)·[ E_#[x_N|x_k + h·β∇r(x_N)] − E_#[x_N|x_k] ]/h
+
+with x_k = a·x_N + s·noise, b the share of x_N in E[x_{k+1}|x_k, x_N], h = s²/a or less, and ∇r at
+the path's own end. Loss terms may be below 0: they leave out a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core import kernels
+from ...core.kernels import KernelTable, Step
+from ...core.log_reward import LogReward
+from ...core.lookahead import LEAST, Attenuation, attenuation, shifted
+from ...core.rollout import SpreadChoice
+from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
+from ...core.value_gradient import StepWeight, mean_square, step_weight
+from ..parts import Parts
+
+
+@dataclass(frozen=True)
+class PoolSignals(Signals):
+    """Of each transition's path: x_end [M, ...] x_N, output_ref [M, ...] u_#(x_k), weight and
+    control [M] (`Pooled`), gradient [M, ...] ∇r(x_N)."""
+
+    x_end: Tensor
+    output_ref: Tensor
+    weight: Tensor
+    control: Tensor
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """The guess near the clean end. cap: of the shift, in units of the noise there."""
+
+    log_reward: LogReward
+    mode: Attenuation
+    cap: float
+
+
+class ReweightedRegression(Objective):
+    """guessing: None for the weighted regression alone. fraction: of each path's steps."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        table: KernelTable,
+        *,
+        weight: StepWeight,
+        fraction: float,
+        guessing: Guessing | None = None,
+    ) -> None:
+        self.policy = policy
+        self.table = table
+        self.weight = weight
+        self.steps = SpreadChoice(fraction)
+        self.guessing = guessing
+        self.uses_reward_gradient = guessing is not None
+        self.modules = nn.ModuleDict()
+
+    def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
+        return self.steps(num_steps, generator)
+
+    def prepare(self, chosen: Selection) -> PoolSignals:
+        """What the pool knows of each transition's path."""
+        paths, pooled = chosen.paths, chosen.paths.pooled
+        assert pooled is not None, "the config's check asks for a pool"
+        row = chosen.row.to(paths.x.device, non_blocking=True)
+        step = chosen.step.to(paths.x.device, non_blocking=True)
+        return PoolSignals(
+            chosen.of_each(paths.clean),
+            pooled.output_ref[row, step],
+            chosen.of_each(pooled.weight),
+            chosen.of_each(pooled.control),
+            None if pooled.gradient is None else chosen.of_each(pooled.gradient),
+        )
+
+    def losses(self, batch: Transitions) -> Losses:
+        known = batch.signals
+        assert isinstance(known, PoolSignals)
+        k = self.table.at(batch.step, batch.x)
+        aimed = self.aimed(batch, known, k)
+        with torch.enable_grad():
+            output = self.policy.output(batch.x, k.here.time, batch.condition)
+        moved = moved_mean(output, known.output_ref, k)
+        relative = step_weight(k, self.weight) / k.std
+        w = known.weight.reshape(k.std.shape)
+        value = relative.square() * (w * moved.square() - 2 * moved * aimed)
+        return Losses(
+            terms={"forward": value.flatten(1).mean(1)},
+            metrics={
+                "residual_score_sq": mean_square(moved / k.std).detach(),
+                "cosine": F.cosine_similarity(moved.detach().flatten(1), aimed.flatten(1)),
+                "path_weight": known.weight,
+            },
+            vectors={"value_gradient": aimed / k.std},
+        )
+
+    def aimed(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
+        """t, [M, ...], without a graph."""
+        noise = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
+        drawn = moved_mean(batch.output_old, known.output_ref, k)
+        w, c = known.weight.reshape(k.std.shape), known.control.reshape(k.std.shape)
+        seen = w * noise - c * (noise - drawn)
+        if self.guessing is None:
+            return seen
+        trust = attenuation(k.here.alpha_bar, self.guessing.mode)
+        return (1 - trust) * seen + trust * w * self.guessed(batch, known, k, self.guessing)
+
+    def guessed(self, batch: Transitions, known: PoolSignals, k: Step, how: Guessing) -> Tensor:
+        """d̂, [M, ...], without a graph; 0 where a = 0."""
+        assert known.gradient is not None
+        slope = how.log_reward.of(known.gradient)
+        x_clean = kernels.predict_clean(batch.x, known.output_ref, k.here)
+
+        def change(shift: Tensor) -> Tensor:
+            x = batch.x + shift
+            with self.policy.reference():
+                output = self.policy.output(x, k.here.time, batch.condition)
+            return kernels.predict_clean(x, output, k.here) - x_clean
+
+        found = shifted(slope, k.here, how.cap, change)
+        a, s = k.here.end_scale, k.here.end_std
+        whole = torch.where(a > 0, s.square() / a.clamp(min=LEAST), 0.0)
+        return k.bridge_end / k.std * whole * found
+
+
+def moved_mean(output: Tensor, output_ref: Tensor, k: Step) -> Tensor:
+    """(m − m_#)/σ of the step's kernel, [M, ...]."""
+    return k.c2 / k.std * (output - output_ref)
+
+
+def build_pool(p: Parts) -> Objective:
+    """The method nabla-db-pool."""
+    guessing = Guessing(
+        p.log_reward, p.config.model.reward_adaptive_mode, p.config.method.shift_cap
+    )
+    return _build(p, guessing)
+
+
+def build_reward_weighted(p: Parts) -> Objective:
+    """The method reward-weighted."""
+    return _build(p, None)
+
+
+def _build(p: Parts, guessing: Guessing | None) -> Objective:
+    return ReweightedRegression(
+        p.policy,
+        p.table,
+        weight=p.weight("std"),
+        fraction=p.config.model.timestep_fraction,
+        guessing=guessing,
+    )

@@ -1,0 +1,263 @@
+"""A pool of paths to learn from, instead of new ones each epoch.
+
+Of each prompt it holds M paths of the pretrained model, drawn once, and if wanted some of the
+policy's own, drawn now and then. With w = exp(βr)·p_#/p_drawn (1 for the pretrained model's own
+paths), the weighted paths are the target's: for every function f of a path
+
+    E_{p*}[f] = E_drawn[w·f] / E_drawn[w]
+
+Weights are divided by their mean over a prompt's paths. The paths themselves are kept, with
+u_#(x_k), and not their ends alone: noise that is added to an end makes states that the pretrained
+sampler never visits (docs/pool.md).
+
+RUN/pool/rank00_base.safetensors          the pretrained model's paths of a process
+RUN/pool/rank00_epoch00010.safetensors    the policy's own, drawn at the start of that epoch
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import Config
+from ..core import rng
+from ..core.kernels import KernelTable
+from ..core.log_reward import LogReward, terminal_gradient
+from ..core.path_kl import path_ratio
+from ..core.rollout import rollout
+from ..core.types import Policy, Pooled, Trajectories, beside
+from ..metrics.tilting import systematic
+from ..prompts import PromptSet
+from .collect import Collector
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Paths that were drawn at one time, n of them, those of a prompt side by side.
+
+    x: [n, N+1, ...]. output, output_ref: [n, N, ...] u(x_k) of what drew them, and u_#(x_k). slot:
+    [n] int64, which of the pool's prompts. reward: [n]. log_ratio: [n] float64, log p_drawn/p_# of
+    the paths. gradient: [n, ...] ∇r(x_N), or [n, 0] where none is asked for.
+    """
+
+    x: Tensor
+    output: Tensor
+    output_ref: Tensor
+    slot: Tensor
+    reward: Tensor
+    log_ratio: Tensor
+    gradient: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, each with storage of its own."""
+        found = {part.name: getattr(self, part.name).contiguous() for part in fields(self)}
+        if found["output"].data_ptr() == found["output_ref"].data_ptr():
+            del found["output"]  # the pretrained model's own: kept once
+        return found
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor]) -> Draw:
+        return Draw(**{"output": tensors["output_ref"], **tensors})
+
+    @staticmethod
+    def cat(parts: Sequence[Draw]) -> Draw:
+        values = {
+            part.name: torch.cat([getattr(draw, part.name) for draw in parts])
+            for part in fields(Draw)
+            if part.name != "output"
+        }
+        if all(draw.output is draw.output_ref for draw in parts):
+            return Draw(output=values["output_ref"], **values)
+        return Draw(output=torch.cat([draw.output for draw in parts]), **values)
+
+
+def mean_one(log_w: Tensor, slot: Tensor) -> Tensor:
+    """Weights [n] float32 from their logarithms, divided by their mean over each slot's paths."""
+    found = torch.empty(len(log_w), dtype=torch.float64)
+    for own in slot.unique():
+        rows = slot == own
+        found[rows] = log_w[rows].softmax(0) * int(rows.sum())
+    return found.float()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """weight: [n] w, mean 1 over each prompt's paths. probability: [n] q of being taken, mean 1."""
+
+    weight: Tensor
+    probability: Tensor
+
+    @staticmethod
+    def of(log_w: Tensor, slot: Tensor, tilt: float) -> Shares:
+        """q = 1 − τ + τw: with τ = ½ no w/q exceeds 2, and w = 0 is taken, too, for the control."""
+        weight = mean_one(log_w, slot)
+        return Shares(weight, 1 - tilt + tilt * weight)
+
+    @property
+    def effective(self) -> float:
+        """Effective share of the paths, in 0..1."""
+        return float(self.weight.sum().square() / (len(self.weight) * self.weight.square().sum()))
+
+
+class PoolCollector(Collector):
+    """Takes each epoch's paths from the pool of this process, which it fills when needed.
+
+    log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
+    gradients: whether ∇r(x_N) is wanted. folder: where the pool is kept (RUN/pool).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        table: KernelTable,
+        prompts: PromptSet,
+        config: Config,
+        *,
+        log_reward: LogReward,
+        gradients: bool,
+        folder: Path,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(policy, table, prompts, config, rank=rank, world=world)
+        self.log_reward = log_reward
+        self.gradients = gradients
+        self.folder = folder
+        self.slots = self._slots()
+        self._base: Draw | None = None
+        self._own: dict[int, Draw] = {}  # by epoch
+
+    def _slots(self) -> tuple[str, ...]:
+        """The prompts of this process's pool: those of the set in shuffled rounds."""
+        s, known = self.config.pool, self.prompts.prompts
+        count = s.size // s.images_per_prompt
+        found: list[str] = []
+        for turn in range((self.rank + 1) * count // len(known) + 1):
+            order = rng.generator(self.config.seed, "pool-prompts", turn)
+            found += [known[i] for i in torch.randperm(len(known), generator=order).tolist()]
+        return tuple(found[self.rank * count : (self.rank + 1) * count])
+
+    # ---------------------------------------------------------------- taking
+
+    def collect(self, epoch: int, between: Callable[[], object] = lambda: None) -> Trajectories:
+        """This epoch's paths, by their share of the target (`Shares`)."""
+        draw = self._filled(epoch, between)
+        shares = Shares.of(self._log_weight(draw), draw.slot, self.config.pool.tilt)
+        s = self.config.sampling
+        generator = rng.generator(self.config.seed, "pool", epoch, self.rank)
+        u = float(torch.rand(1, generator=generator, dtype=torch.float64))
+        share = shares.probability.double()
+        rows = systematic(share / share.sum(), s.batch_size * s.num_batches_per_epoch, u)
+        return self._taken(draw, shares, rows)
+
+    def _log_weight(self, draw: Draw) -> Tensor:
+        """log w = β·r − log p_drawn/p_#, [n] float64."""
+        return self.log_reward.of(draw.reward.double()) - draw.log_ratio
+
+    def _taken(self, draw: Draw, shares: Shares, rows: Tensor) -> Trajectories:
+        """The paths `rows`, on the policy's device."""
+
+        def here(value: Tensor) -> Tensor:
+            return value[rows].to(self.policy.device, non_blocking=True)
+
+        asked = [self.slots[i] for i in draw.slot[rows].tolist()]
+        return Trajectories(
+            here(draw.x),
+            here(draw.output),
+            self.policy.condition(asked, self.prompts.metadata(asked)),
+            here(draw.reward),
+            Pooled(
+                here(draw.output_ref),
+                here(shares.weight / shares.probability),
+                here(1 / shares.probability),
+                here(draw.gradient) if self.gradients else None,
+            ),
+        )
+
+    # ---------------------------------------------------------------- filling
+
+    def _filled(self, epoch: int, between: Callable[[], object]) -> Draw:
+        """All paths that are learned from in this epoch."""
+        s = self.config.pool
+        if self._base is None:
+            self._base = self._kept("base", partial(self._drawn, None, between))
+        own = round(s.own_share * s.images_per_prompt)
+        if not own:
+            return self._base
+        last = epoch - epoch % s.refresh
+        wanted = range(last, 0, -s.refresh)[: s.keep_draws]  # none at the start: nothing learned
+        for at in reversed(wanted):
+            if at not in self._own:
+                self._own[at] = self._kept(f"epoch{at:05d}", partial(self._drawn, at, between))
+        self._own = {at: self._own[at] for at in wanted}
+        return Draw.cat([self._base, *self._own.values()])
+
+    def _kept(self, name: str, make: Callable[[], Draw]) -> Draw:
+        """The draw of that name, from its file where it is whole."""
+        file = self.folder / f"rank{self.rank:02d}_{name}.safetensors"
+        try:
+            return Draw.of(load_file(file))
+        except (OSError, SafetensorError, KeyError, TypeError):
+            draw = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        save_file(draw.tensors(), partial)
+        os.replace(partial, file)
+        return draw
+
+    def _drawn(self, epoch: int | None, between: Callable[[], object]) -> Draw:
+        """New paths: of the pretrained model (epoch None), or of the policy as it is now."""
+        s = self.config.pool
+        each = s.images_per_prompt if epoch is None else round(s.own_share * s.images_per_prompt)
+        slot = torch.arange(len(self.slots)).repeat_interleave(each)
+        parts = []
+        for rows in torch.arange(len(slot)).split(self.config.sampling.batch_size):
+            between()
+            parts.append(self._measured(slot[rows], rows + self.rank * len(slot), epoch))
+        return Draw.cat(parts)
+
+    def _measured(self, slot: Tensor, indices: Tensor, epoch: int | None) -> Draw:
+        """One batch of paths with their rewards, on the CPU."""
+        asked = [self.slots[i] for i in slot.tolist()]
+        condition = self.policy.condition(asked, self.prompts.metadata(asked))
+        base = epoch is None
+        noise = rng.normal(
+            (self.table.num_steps + 1, *self.policy.sample_shape),
+            indices.tolist(),
+            seed=self.config.seed,
+            purpose="pool-base" if epoch is None else "pool-own",
+            step=epoch or 0,
+        )
+        with self.policy.reference() if base else nullcontext():
+            paths = rollout(self.policy, self.table, noise, condition)
+        output = output_ref = paths.output.cpu()
+        log_ratio = torch.zeros(len(slot), dtype=torch.float64)
+        if not base:
+            found = path_ratio(self.policy, self.table, paths, keep_reference=True)
+            assert found.output_ref is not None
+            output_ref, log_ratio = found.output_ref.cpu(), found.log_ratio.sum(1).double().cpu()
+        reward, gradient = self._rewards(paths)
+        return Draw(paths.x.cpu(), output, output_ref, slot, reward, log_ratio, gradient)
+
+    def _rewards(self, paths: Trajectories) -> tuple[Tensor, Tensor]:
+        """r [n] float32 and ∇r [n, ...] of the ends, on the CPU; [n, 0] without gradients."""
+        raw = self.log_reward.plain()
+        rewards, gradients = [], []
+        size = self.config.training.micro_batch or self.config.training.batch_size
+        for rows in torch.arange(len(paths.condition)).split(size):
+            x, condition = paths.clean[beside(rows, paths.x)], paths.condition[rows]
+            with torch.no_grad():
+                rewards.append(raw(x, condition).float().cpu())
+            if self.gradients:
+                gradients.append(terminal_gradient(raw, x, condition).cpu())
+        reward = torch.cat(rewards)
+        return reward, torch.cat(gradients) if self.gradients else reward.new_zeros(len(reward), 0)
