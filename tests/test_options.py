@@ -209,6 +209,7 @@ GUARDED = {"guard.min_diversity": 0.8}
 DRAWN = {"guard.max_held_out_drop": 1.0, "evaluation.held_out_rewards": ("contrast",)}
 EFFECTS = {
     "seed": world(1),
+    "training.source": world("pool", model__unet_reg_scale=0.0),
     "training.lr": world(1e-4),
     "training.flow_lr": world(1e-4),
     "training.flow_wd": world(0.5),
@@ -256,6 +257,7 @@ EFFECTS = {
         partial(of_reward, lambda made: type(made.function).__name__),
     ),
     "model.lora_rank": pictures(2),
+    "model.lora_targets": pictures(("resnets",)),
     "model.reward_scale": world(0.1),
     "model.pretrained_strength": world(0.5),
     "model.timestep_fraction": world(1.0, method__window=0),
@@ -273,6 +275,8 @@ EFFECTS = {
     "method.window": world(2),
     "method.flow_hint": world(False),
     "method.step_weight": world("one"),
+    "method.guess": world("shifted"),
+    "method.shift_cap": method("nabla-db-pool", 0.01),
     "method.guess_model": world("finetuned", training__num_inner_epochs=2),
     "method.draft_steps": method("draft-k", 1),
     "method.draft_lv_samples": method("draft-lv", 3),
@@ -281,6 +285,15 @@ EFFECTS = {
     "method.advantage_clip": method("ddpo", 0.1),
     "method.prompt_buffer": method("ddpo", 4, method__prompt_min_count=2),
     "method.prompt_min_count": method("ddpo", 2, training__num_epochs=3),
+    "pool.size": method("reward-weighted", 32),
+    "pool.images_per_prompt": method("reward-weighted", 4),
+    "pool.tilt": method("reward-weighted", 0.1),
+    "pool.renoise": method("reward-weighted", 0.6),
+    "pool.own_share": method("reward-weighted", 0.5, pool__refresh=1),
+    "pool.refresh": method("reward-weighted", 2, pool__own_share=0.5, training__num_epochs=3),
+    "pool.keep_draws": method(
+        "reward-weighted", 1, pool__own_share=0.5, pool__refresh=1, training__num_epochs=4
+    ),
     "reward.weights": Effect(
         "/no/such/folder", refusal, {**PICTURES, "experiment.reward_fn": "aesthetic"}, pictures=True
     ),

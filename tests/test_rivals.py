@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core import kernels
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.log_reward import LogReward
+from nablagfn.core.log_reward import LogReward, terminal_gradient
 from nablagfn.core.rollout import noise_of, replay, rollout
 from nablagfn.core.types import (
     Condition,
     Metadata,
     Objective,
     Policy,
+    Pooled,
     Reward,
     Selection,
     Trajectories,
@@ -41,21 +42,13 @@ from nablagfn.prompts import PromptSet
 from nablagfn.training.trainer import Trainer
 from tests.tables import discrete_table, table_of
 from tests.tiny_pipeline import make_pipeline
-from tests.worlds import MixtureWorld, randomise, sd_alphas_cumprod, tilt
+from tests.worlds import MixtureWorld, PromptedWorld, randomise, sd_alphas_cumprod, tilt
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
 N = 5
 BETA = 3.0
 PROMPTS = ("a", "bb", "a", "cccc", "bb", "dddddd")
-
-
-class PromptedWorld(MixtureWorld):
-    """Its ε depends on the prompt, so that a prompt of another row shows."""
-
-    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        lengths = torch.tensor([float(len(p)) for p in condition.prompts], dtype=x.dtype)
-        return super().output(x, time, condition) + 0.05 * lengths[:, None]
 
 
 @dataclass
@@ -88,8 +81,27 @@ def problem() -> Problem:
     noise = torch.randn(len(PROMPTS), N + 1, 2, generator=generator, dtype=torch.float64)
     drawn = rollout(world, table, noise, world.condition(PROMPTS))
     reward = tilt(drawn.clean, PROMPTS, [{}] * len(PROMPTS))
+    pooled = pooled_of(world, table, drawn, reward)
     return Problem(
-        world, table, noise, Trajectories(drawn.x, drawn.output, drawn.condition, reward)
+        world, table, noise, Trajectories(drawn.x, drawn.output, drawn.condition, reward, pooled)
+    )
+
+
+def pooled_of(
+    world: MixtureWorld, table: KernelTable, drawn: Trajectories, reward: Tensor
+) -> Pooled:
+    """What a pool would know of these paths: some weights, u_# and ∇r."""
+    with world.reference(), torch.no_grad():
+        ref = [
+            world.output(drawn.x[:, k], table.time[k].expand(len(reward)), drawn.condition)
+            for k in range(N)
+        ]
+    weight = torch.linspace(0.2, 1.9, len(reward), dtype=torch.float64)
+    raw = LogReward(world, tilt, 1.0)
+    gradient = terminal_gradient(raw, drawn.clean, drawn.condition)
+    own = torch.zeros(len(reward), dtype=torch.bool)
+    return Pooled(
+        torch.stack(ref, 1), own, weight, 2 - weight, torch.linspace(0.5, 1, N), gradient=gradient
     )
 
 
@@ -580,6 +592,8 @@ def method_config(name: str, out: Path, **options: object) -> Config:
         "method.draft_steps": 2,
         "method.refl_share": 0.5,
         "method.prompt_min_count": 2,
+        "pool.size": 4,
+        "pool.images_per_prompt": 2,
         "sampling.num_steps": 3,
         "sampling.batch_size": 4,
         "sampling.num_batches_per_epoch": 1,
@@ -675,7 +689,7 @@ def test_every_row_is_scored_with_its_own_prompt(method: str, problem: Problem) 
     close(objective.losses(batch[mix]).total(), losses[mix])
 
 
-VALUES_ONLY = {"ddpo", "dag-db"}
+VALUES_ONLY = {"ddpo", "dag-db", "reward-weighted"}
 
 
 @every_method
@@ -734,6 +748,8 @@ COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n,
     ("nabla-db-lambda", ""): lambda n, k, c: (6 * n - 2, 2 * n),
     ("nabla-db-lambda", "method.return_lambda=0.5"): lambda n, k, c: (5 * n - 1, n + 1),
     ("nabla-db-lambda", "method.return_lambda=1"): lambda n, k, c: (4 * n - 1, 1),
+    ("nabla-db-pool", "pool.renoise=0"): lambda n, k, c: (3 * n, 1),  # and 1 decode of the pool
+    ("reward-weighted", "pool.renoise=0"): lambda n, k, c: (2 * n, 1),
     ("adjoint-matching", ""): lambda n, k, c: (4 * n - 1, 1),
     ("terminal-gradient", ""): lambda n, k, c: (3 * n, 1),
     ("refl", ""): lambda n, k, c: (2, 1),

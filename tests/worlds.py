@@ -173,3 +173,11 @@ def tilt(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -
     weight = torch.tensor([float(len(p)) for p in prompts], dtype=images.dtype)
     flat = images.flatten(1)
     return weight * flat[:, 0] + (2 * flat[:, 1]).sin() + 0.1 * flat.square().mean(1)
+
+
+class PromptedWorld(MixtureWorld):
+    """Its ε depends on the prompt, so that a prompt of another row shows."""
+
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        lengths = torch.tensor([float(len(p)) for p in condition.prompts], dtype=x.dtype)
+        return super().output(x, time, condition) + 0.05 * lengths[:, None]

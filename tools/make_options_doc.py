@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -76,6 +77,8 @@ def type_text(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is Annotated:
         return type_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return ", ".join(type_text(part) for part in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {type_text(get_args(annotation)[0])}"
     return {str: "text", float: "number", int: "integer", bool: "`True`, `False`"}[annotation]

@@ -54,33 +54,12 @@ class Config(Group):
                 "config.speed.fused_optimizer=True has a meaning for "
                 "config.training.optimizer=adamw only"
             )
-        self._check_pool()
         for name in ("compile", "cuda_graphs", "channels_last"):
             if self.training.shard_base and getattr(self.speed, name):
                 raise ConfigError(
                     "config.training.shard_base=True was not tried with "
                     f"config.speed.{name}: leave one out"
                 )
-
-    def _check_pool(self) -> None:
-        if self.training.source != "pool":
-            return
-        if self.pool.size % self.pool.images_per_prompt:
-            raise ConfigError(
-                f"config.pool.images_per_prompt={self.pool.images_per_prompt} must divide "
-                f"config.pool.size={self.pool.size}"
-            )
-        if self.model.unet_reg_scale:
-            raise ConfigError(
-                f"config.model.unet_reg_scale={self.model.unet_reg_scale:g} holds on to the "
-                "parameters that drew the samples, and a pool's were drawn by others: set "
-                "config.model.unet_reg_scale=0"
-            )
-        if self.sampling.eta != 1:
-            raise ConfigError(
-                f"config.sampling.eta={self.sampling.eta:g} does not go with "
-                "config.training.source=pool, whose paths forget their noise: leave it at 1"
-            )
 
     def updates_per_epoch(self) -> int:
         """Optimizer updates per inner epoch. Raises ConfigError when the batches do not divide."""

@@ -14,7 +14,14 @@ Attenuation = Annotated[Literal["squared", "sqrt", "none"], Lower]
 class Model(Group):
     """The objective and what is trained."""
 
-    lora_rank: int = Field(8, ge=1, description="LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0")
+    lora_rank: int = Field(8, ge=1, description="LoRA rank (= alpha)")
+    lora_targets: tuple[str, ...] = Field(
+        ("attention",),
+        min_length=1,
+        description="layers with a LoRA, separated by commas: attention (to_q, to_k, to_v, "
+        "to_out.0), resnets (of a U-Net), all (linear layers and convolutions), or endings of "
+        "names, as to_v",
+    )
     reward_scale: float = Field(
         1e3, gt=0, description="β: the finetuned model samples p_pretrained·exp(β·reward)"
     )

@@ -71,7 +71,8 @@ def set_option(config: Config, key: str, value: Any) -> None:
     for part in path:
         group = getattr(group, part)
     if isinstance(known[key], tuple) and isinstance(value, str):
-        value = [part for part in value.strip("()[] ").split(",") if part.strip()]
+        parts = (part.strip().strip("'\"") for part in value.strip("()[] ").split(","))
+        value = [part for part in parts if part]
     try:
         setattr(group, name, value)
     except ValidationError as error:

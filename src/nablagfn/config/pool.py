@@ -28,6 +28,13 @@ class PoolSettings(Group):
         description="τ: paths are taken in proportion to 1 − τ + τw, w their weight in the target; "
         "0: all alike. What is learned stays the same, its variance does not",
     )
+    renoise: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="states with a share ᾱ of signal up to this are drawn anew for each use, by "
+        "the forward process from the path's next state; above it they are the path's own. 0: none",
+    )
     own_share: float = Field(
         0.0,
         ge=0,

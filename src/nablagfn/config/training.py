@@ -12,10 +12,11 @@ from .base import Group
 class Training(Group):
     """Optimisation."""
 
-    source: Literal["paths", "pool"] = Field(
-        "paths",
+    source: Literal["auto", "paths", "pool"] = Field(
+        "auto",
         description="what is learned from: paths (drawn anew each epoch by the model as it is) or "
-        "pool (paths of the pretrained model, drawn once, and a share of the model's own: pool.…)",
+        "pool (paths of the pretrained model, drawn once, and a share of the model's own: pool.…); "
+        "auto: pool for nabla-db-pool and reward-weighted, paths for all others",
     )
     lr: float = Field(1e-3, gt=0, description="learning rate of the LoRA")
     flow_lr: float = Field(1e-3, gt=0, description="learning rate of the flow network g_φ")

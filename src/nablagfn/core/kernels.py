@@ -15,6 +15,7 @@ Tables are built in float64; all functions keep the dtype of x (float32 or float
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -261,10 +262,27 @@ def predict_end(x: Tensor, output: Tensor, level: Level) -> Tensor:
 def bridge_noise(x: Tensor, x_end: Tensor, output: Tensor, k: Step) -> Tensor:
     """z̄ = (E[x_{k+1}|x_k, x_N] − m(x_k))/σ, [M, ...]: what of the step's noise x_N tells.
 
-    Its mean given x_k is that of (x_{k+1} − m)/σ where the sampler is the inverse of the forward
-    process, and its variance a small part of it.
+    Where the sampler is the inverse of the forward process it is the mean of (x_{k+1} − m)/σ given
+    x_k and x_N, with a small part of its variance. Elsewhere ρ·z̄ is nearer (`bridge_slope`).
     """
     return (k.bridge_x * x + k.bridge_end * x_end - mean(x, output, k)) / k.std
+
+
+def bridge_slope(x: Tensor, x_next: Tensor, x_end: Tensor, output: Tensor, k: Step) -> float:
+    """ρ = E[z·z̄]/E[z̄·z̄] over n paths of the sampler, z = (x_{k+1} − m)/σ.
+
+    How much of what x_N tells of the step the sampler's own noise has followed: 1 where it is the
+    inverse of the forward process. What the paths do not tell from 1 is drawn towards it: 1 + (ρ −
+    1)·max(0, 1 − e²/(ρ − 1)²), e the standard error (James & Stein's positive part).
+    """
+    seen = bridge_noise(x, x_end, output, k)
+    drawn = (x_next - mean(x, output, k)) / k.std
+    both = (drawn * seen).flatten(1).double().sum(1)
+    square = seen.flatten(1).double().square().sum(1)
+    slope = float(both.mean() / square.mean())
+    error = float((both - slope * square).std() / square.mean()) / len(x) ** 0.5
+    away = slope - 1
+    return 1 + away * max(0.0, 1 - (error / away) ** 2) if away and math.isfinite(away) else 1.0
 
 
 def score_next(x: Tensor, x_next: Tensor, output: Tensor, k: Step) -> Tensor:

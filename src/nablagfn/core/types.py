@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -66,21 +66,33 @@ class Condition:
 class Pooled:
     """What a pool knows of the paths that were taken from it (`training.pool`).
 
-    output_ref: [B, N, ...] u_#(x_k). weight: [B] w/q, their share of the target over the
+    output_ref: [B, N, ...] u_#(x_k); not of the first `fresh` steps, whose states are new. own: [B]
+    booleans, True for the policy's own paths. weight: [B] w/q, their share of the target over the
     probability q by which they were taken; control: [B] 1/q. Both have mean 1 over what is taken.
-    gradient: [B, ...] ∇r(x_N), without β; None where the objective asks for none.
+    slope: [N] ρ_k (`kernels.bridge_slope`). effective: 0..1, the share of the pool that carries the
+    weights. gradient: [B, ...] ∇r(x_N), without β; None where the objective asks for none.
     """
 
     output_ref: Tensor
+    own: Tensor
     weight: Tensor
     control: Tensor
+    slope: Tensor
+    fresh: int = 0
+    effective: float = 1.0
     gradient: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> Pooled:
         """Those of the paths named by `index` ([M] integers)."""
         here = beside(index, self.weight)
-        gradient = None if self.gradient is None else self.gradient[here]
-        return Pooled(self.output_ref[here], self.weight[here], self.control[here], gradient)
+        return replace(
+            self,
+            output_ref=self.output_ref[here],
+            own=self.own[here],
+            weight=self.weight[here],
+            control=self.control[here],
+            gradient=None if self.gradient is None else self.gradient[here],
+        )
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ class Family:
     classes (of model_index.json) that are. check: raises ConfigError for options that it cannot
     have, before anything is loaded. load(config, device, shard): the policy; shard: spread over the
     processes. skeleton: the policy of the run's architecture without its weights, for counting;
-    None where memory does not matter. lora_targets: endings of the names of its layers that get a
-    LoRA. export_forms: by name. no_export: why there are none. stock_sampler(config, times): how
-    diffusers draws at the times of the run's steps; raises ConfigError when no scheduler does.
-    small: whether it trains on a CPU. own: for worlds.
+    None where memory does not matter. lora_targets: endings of the names of its layers, by the
+    words of model.lora_targets. export_forms: by name. no_export: why there are none.
+    stock_sampler(config, times): how diffusers draws at the times of the run's steps; raises
+    ConfigError when no scheduler does. small: whether it trains on a CPU. own: for worlds.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Family:
     pipelines: tuple[str, ...] = ()
     check: Callable[[Config], None] = nothing
     skeleton: Callable[[Config], LatentPolicy] | None = None
-    lora_targets: tuple[str, ...] = ()
+    lora_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     export_forms: Mapping[str, ExportForm] = field(default_factory=dict)
     no_export: str = ""
     stock_sampler: Callable[[Config, Sequence[float]], StockSampler] | None = None

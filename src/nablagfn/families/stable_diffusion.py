@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ConfigError
 from ..models.locate import EMBEDDED, SD15, locate
-from ..models.lora import ATTENTION
+from ..models.lora import UNET
 from .family import ExportForm, Family, StockSampler
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def load(config: Config, device: torch.device, shard: bool) -> Policy:
         device=device,
         guidance_scale=config.sampling.guidance_scale,
         lora_rank=config.model.lora_rank,
+        lora_targets=config.model.lora_targets,
         seed=config.seed,
         gradient_checkpointing=config.training.gradient_checkpointing,
         vae_checkpointing=config.training.vae_checkpointing,
@@ -65,6 +66,7 @@ def skeleton(config: Config) -> LatentPolicy:
         by_configuration(config.pretrained.model, config.pretrained.revision),
         guidance_scale=config.sampling.guidance_scale,
         lora_rank=config.model.lora_rank,
+        lora_targets=config.model.lora_targets,
         vae_checkpointing=config.training.vae_checkpointing,
     )
 
@@ -179,7 +181,7 @@ STABLE_DIFFUSION = Family(
     pipelines=(PIPELINE,),
     check=check,
     skeleton=skeleton,
-    lora_targets=ATTENTION,
+    lora_targets=UNET,
     export_forms={
         "diffusers": ExportForm(_write_diffusers, _with_lora),
         "kohya": ExportForm(_write_kohya, _with_lora),

@@ -181,12 +181,42 @@ def check_method(config: Config) -> None:
             f"config.model.guess_decoder={decoder!r} has no use in {method.name}, which guesses no "
             f"reward: leave it out, or take {able}"
         )
-    source = config.training.source
-    if source not in method.sources:
-        raise ConfigError(
-            f"config.training.source={source} does not go with {KEY}={method.name}, which learns "
-            f"from {method.sources[0]}: set config.training.source={method.sources[0]}"
-        )
+    check_source(config, method)
     reason = method.uneven(config)
     if config.training.shard_base and reason:
         raise ConfigError(f"config.training.shard_base=True does not go with {reason}")
+
+
+def source_of(config: Config) -> str:
+    """What the run learns from: "paths" or "pool"."""
+    chosen = config.training.source
+    return find_method(config.experiment.method).sources[0] if chosen == "auto" else chosen
+
+
+def check_source(config: Config, method: Method) -> None:
+    """Raises ConfigError for a source that the method cannot have, and for settings that do not go
+    with a pool."""
+    source, s = source_of(config), config.pool
+    if source not in method.sources:
+        raise ConfigError(
+            f"config.training.source={source} does not go with {KEY}={method.name}: set "
+            f"config.training.source={' or '.join(method.sources)}"
+        )
+    if source == "paths":
+        return
+    if s.size % s.images_per_prompt:
+        raise ConfigError(
+            f"config.pool.images_per_prompt={s.images_per_prompt} must divide "
+            f"config.pool.size={s.size}"
+        )
+    if config.model.unet_reg_scale and "paths" in method.sources:
+        raise ConfigError(
+            f"config.model.unet_reg_scale={config.model.unet_reg_scale:g} holds on to the "
+            "parameters that drew the samples, and a pool's were drawn by others: set "
+            "config.model.unet_reg_scale=0"
+        )
+    if eta_of(config.sampling) != 1:
+        raise ConfigError(
+            f"config.sampling.eta={config.sampling.eta:g} does not go with a pool, whose paths "
+            "must forget their noise: set config.sampling.eta=1"
+        )

@@ -16,13 +16,14 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..config import Speed
+from ..config import ConfigError, Speed
 from ..core import rng
 from ..core.schedules import Noising, Prediction
 from ..core.surrogate import wants_gradient
 from ..core.types import Condition, Metadata
 from .flow import UNetFlow
 from .in_range import Border
+from .lora import ALL, endings
 from .shard import shard as shard_over_processes
 
 ADAPTER = "default"
@@ -54,15 +55,15 @@ class LatentModel(Protocol):
     """What differs between families: a loaded pipeline, and how its parts are called.
 
     family: its name. network: the part that is finetuned. lora_targets: endings of the names of its
-    layers that get a LoRA. encoders: the names of the pipeline's text encoders. sample_shape:
-    [C, H, W] of a latent. text: which tensor of a condition g_φ attends to; text_width: its last
-    size.
+    layers, by the words of model.lora_targets. encoders: the names of the pipeline's text encoders.
+    sample_shape: [C, H, W] of a latent. text: which tensor of a condition g_φ attends to;
+    text_width: its last size.
     """
 
     family: str
     pipeline: Any
     network: Any
-    lora_targets: tuple[str, ...]
+    lora_targets: Mapping[str, tuple[str, ...]]
     encoders: tuple[str, ...]
     sample_shape: tuple[int, ...]
     prediction: Prediction
@@ -97,7 +98,8 @@ class LatentPolicy:
     """A latent model with a trainable LoRA.
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
-    lora_rank: rank and alpha. seed: of the LoRA's gaussian initialisation. The LoRA is float32
+    lora_rank: rank and alpha. lora_targets: as the option; raises ConfigError for layers that there
+    are none of. seed: of the LoRA's gaussian initialisation. The LoRA is float32
     whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
     no gradient is taken. name: hub name or folder, for the run's records. shard: the network's
     frozen weights are spread over the processes (`models.shard`), on the device of the VAE.
@@ -109,6 +111,7 @@ class LatentPolicy:
         *,
         guidance_scale: float = 5.0,
         lora_rank: int = 8,
+        lora_targets: Sequence[str] = ("attention",),
         seed: int = 0,
         gradient_checkpointing: bool = False,
         vae_checkpointing: bool = False,
@@ -128,6 +131,7 @@ class LatentPolicy:
             module.eval()
         if ADAPTER in getattr(self.network, "peft_config", {}):
             self.network.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
+        self.lora_targets = tuple(lora_targets)
         self._add_lora(lora_rank, seed)
         names = (name for name, _ in self.network.named_parameters())
         self._frozen = next(name for name in names if ".lora_" not in name)  # one of its weights
@@ -164,13 +168,34 @@ class LatentPolicy:
                     r=rank,
                     lora_alpha=rank,
                     init_lora_weights="gaussian",
-                    target_modules=list(self.model.lora_targets),
+                    target_modules=self._lora_layers(),
                 ),
                 adapter_name=ADAPTER,
             )
         for parameter in self.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
+
+    def _lora_layers(self) -> list[str]:
+        """The names of the layers that get one, all of them linear or convolutions."""
+        able = [
+            name.removesuffix(".base_layer")  # an earlier policy's adapter lay around it
+            for name, layer in self.network.named_modules()
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+        ]
+        if ALL in self.lora_targets:
+            return able
+        found = []
+        for ending in endings(self.lora_targets, self.model.lora_targets):
+            own = [name for name in able if name == ending or name.endswith(f".{ending}")]
+            if not own and ending in self.lora_targets:
+                raise ConfigError(
+                    f"config.model.lora_targets={ending}: the model has no such linear layer or "
+                    f"convolution; take {', '.join(self.model.lora_targets)}, {ALL}, or endings of "
+                    "its names, as to_v"
+                )
+            found += own
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -311,6 +336,7 @@ class LatentPolicy:
             "pretrained.model": self.name,
             "pretrained.family": self.model.family,
             "sampling.guidance_scale": self.guidance_scale,
+            "model.lora_targets": self.lora_targets,
             "model.lora_rank": self.network.peft_config[ADAPTER].r,
         }
 

@@ -16,7 +16,7 @@ from ..config import ConfigError
 from ..core.schedules import DiscreteNoising, Noising, Prediction
 from .latent import LatentPolicy, quiet
 from .locate import locate
-from .lora import ATTENTION
+from .lora import UNET
 
 EMBEDS = "prompt_embeds"  # the tensor of a condition, [B, L, D]
 
@@ -48,7 +48,7 @@ class StableDiffusion:
     """A loaded Stable-Diffusion-type pipeline, as a `LatentModel`."""
 
     family = "stable-diffusion"
-    lora_targets: tuple[str, ...] = ATTENTION
+    lora_targets: Mapping[str, tuple[str, ...]] = UNET
     encoders: tuple[str, ...] = ("text_encoder",)
     text = EMBEDS
 

@@ -8,7 +8,8 @@ paths), the weighted paths are the target's: for every function f of a path
 
 Weights are divided by their mean over a prompt's paths. The paths themselves are kept, with
 u_#(x_k), and not their ends alone: noise that is added to an end makes states that the pretrained
-sampler never visits (docs/pool.md).
+sampler does not visit, but at its noisy steps (docs/pool.md). There, up to `pool.renoise`, states
+are drawn anew for each use, so that they are not learned by heart.
 
 RUN/pool/rank00_base.safetensors          the pretrained model's paths of a process
 RUN/pool/rank00_epoch00010.safetensors    the policy's own, drawn at the start of that epoch
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import Config
-from ..core import rng
+from ..core import kernels, rng
 from ..core.kernels import KernelTable
-from ..core.log_reward import LogReward, terminal_gradient
+from ..core.log_reward import LogReward, differentiated
 from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
 from ..core.types import Policy, Pooled, Trajectories, beside
@@ -89,6 +90,21 @@ def mean_one(log_w: Tensor, slot: Tensor) -> Tensor:
     return found.float()
 
 
+def slopes(draw: Draw, table: KernelTable) -> Tensor:
+    """ρ_k of each step, [N] float32, over the pretrained model's paths."""
+    found = [
+        kernels.bridge_slope(
+            draw.x[:, step],
+            draw.x[:, step + 1],
+            draw.x[:, -1],
+            draw.output_ref[:, step],
+            table.at_step(step, draw.x[:, step]),
+        )
+        for step in range(table.num_steps)
+    ]
+    return torch.tensor(found)
+
+
 @dataclass(frozen=True)
 class Shares:
     """weight: [n] w, mean 1 over each prompt's paths. probability: [n] q of being taken, mean 1."""
@@ -134,6 +150,7 @@ class PoolCollector(Collector):
         self.folder = folder
         self.slots = self._slots()
         self._base: Draw | None = None
+        self._slope = torch.ones(table.num_steps)
         self._own: dict[int, Draw] = {}  # by epoch
 
     def _slots(self) -> tuple[str, ...]:
@@ -157,7 +174,23 @@ class PoolCollector(Collector):
         u = float(torch.rand(1, generator=generator, dtype=torch.float64))
         share = shares.probability.double()
         rows = systematic(share / share.sum(), s.batch_size * s.num_batches_per_epoch, u)
-        return self._taken(draw, shares, rows)
+        taken = self._taken(draw, shares, rows)
+        return self._renoised(taken, rng.generator(self.config.seed, "renoise", epoch, self.rank))
+
+    @property
+    def fresh(self) -> int:
+        """The number of steps from states that are drawn anew: the noisiest, never the last."""
+        limit = self.config.pool.renoise
+        noisy = int((self.table.schedule.alpha_bar[:-1] <= limit).sum()) if limit else 0
+        return min(noisy, self.table.num_steps - 1)
+
+    def _renoised(self, paths: Trajectories, generator: torch.Generator) -> Trajectories:
+        """The paths with new states before step `fresh`, by the forward process from x_fresh."""
+        x = paths.x.clone()
+        for step in range(self.fresh - 1, -1, -1):
+            noise = torch.randn(x[:, 0].shape, generator=generator).to(x.device, x.dtype)
+            x[:, step] = kernels.renoise(x[:, step + 1], noise, self.table.at_step(step, noise))
+        return replace(paths, x=x)
 
     def _log_weight(self, draw: Draw) -> Tensor:
         """log w = β·r − log p_drawn/p_#, [n] float64."""
@@ -177,8 +210,12 @@ class PoolCollector(Collector):
             here(draw.reward),
             Pooled(
                 here(draw.output_ref),
+                (rows >= self.config.pool.size).to(self.policy.device),  # own ones come after
                 here(shares.weight / shares.probability),
                 here(1 / shares.probability),
+                self._slope.to(self.policy.device),
+                self.fresh,
+                shares.effective,
                 here(draw.gradient) if self.gradients else None,
             ),
         )
@@ -190,6 +227,7 @@ class PoolCollector(Collector):
         s = self.config.pool
         if self._base is None:
             self._base = self._kept("base", partial(self._drawn, None, between))
+            self._slope = slopes(self._base, self.table)
         own = round(s.own_share * s.images_per_prompt)
         if not own:
             return self._base
@@ -255,9 +293,13 @@ class PoolCollector(Collector):
         size = self.config.training.micro_batch or self.config.training.batch_size
         for rows in torch.arange(len(paths.condition)).split(size):
             x, condition = paths.clean[beside(rows, paths.x)], paths.condition[rows]
-            with torch.no_grad():
-                rewards.append(raw(x, condition).float().cpu())
-            if self.gradients:
-                gradients.append(terminal_gradient(raw, x, condition).cpu())
+            if not self.gradients:
+                with torch.no_grad():
+                    rewards.append(raw(x, condition).float().cpu())
+                continue
+            with torch.enable_grad():
+                found = differentiated(raw, x.detach(), condition)
+            rewards.append(found.value.float().cpu())
+            gradients.append(found.gradient.cpu())
         reward = torch.cat(rewards)
         return reward, torch.cat(gradients) if self.gradients else reward.new_zeros(len(reward), 0)

@@ -26,7 +26,7 @@ from ..core.types import Policy, Recogniser, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
 from ..methods.build import build_kernel, build_objective
 from ..methods.parts import Parts
-from ..methods.registry import check_settings
+from ..methods.registry import check_settings, source_of
 from ..prompts import PromptSet
 from ..rewards import NamedReward, Scores, named
 from ..runs import runfolder
@@ -201,7 +201,7 @@ class Trainer:
         """Of new paths, or of a pool's."""
         config, table, prompts = self.config, self.table, self.prompts
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if config.training.source == "paths":
+        if source_of(config) == "paths":
             return Collector(working, table, prompts, config, rank=rank, world=world)
         return PoolCollector(
             working,
@@ -428,11 +428,11 @@ class Trainer:
         )
         reward = torch.tensor(values, device=drawn.x.device)
         self.objective.observe(prompts, reward)
-        return {
-            "reward": float(reward.mean()),
-            "reward_std": float(reward.std(unbiased=False)),
-            "duplicates": float(len(starts) - len(set(starts))),
-        }
+        found = {"reward": float(reward.mean()), "reward_std": float(reward.std(unbiased=False))}
+        if drawn.pooled is None:
+            return {**found, "duplicates": float(len(starts) - len(set(starts)))}
+        effective = distributed.gather(self.accelerator, [drawn.pooled.effective])
+        return {**found, "pool_ess": sum(effective) / len(effective)}
 
     def _components(self, scores: Scores) -> dict[str, float]:
         """Mean of each component of a composed reward, over all processes."""

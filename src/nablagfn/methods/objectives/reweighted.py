@@ -5,11 +5,12 @@ In units of σ_k the policy moves the mean of a step by d, and x_N says of the s
 
     d(x_k) = (c2/σ)(u_θ − u_#)(x_k),      z̄ = (E[x_{k+1}|x_k, x_N] − m_#(x_k))/σ
 
-    loss = (ω_k/σ_k)² ( w‖d‖² − 2 d·t ),   t = (1 − γ_k)[ w z̄ − c (z̄ − d†) ] + γ_k w d̂
+    loss = (ω_k/σ_k)² ( w‖d‖² − 2 d·t ),   t = (1 − γ_k)[ w ρ_k z̄ − c (ρ_k z̄ − d†) ] + γ_k w d̂
 
-w: the path's weight in the target, exp(βr)·p_#/p_drawn; d†: d of what drew the path, so that z̄ − d†
-has mean 0 given x_k and may be taken off with any factor that does not depend on x_N: c = 1. It
-takes the pretrained model's own errors out of the regression, and variance. Without γ (the method
+w: the path's weight in the target, exp(βr)·p_#/p_drawn; ρ_k: how much of z̄ the sampler's own steps
+follow, measured on its paths (`kernels.bridge_slope`); d†: d of what drew the path, so that
+ρ_k z̄ − d† has about mean 0 given x_k and may be taken off with any factor that does not depend on
+x_N: c = 1. It takes the pretrained model's own errors out of the regression, and variance. Without γ (the method
 reward-weighted) the minimiser is E[w z̄|x_k]/E[w|x_k], the step of the target, for any reward, and
 no gradient of it is needed. With γ_k = ᾱ_k (nabla-db-pool) the steps near the clean end, where z̄ is
 almost noise alone and the reward almost linear, take the shifted guess instead:
@@ -22,7 +23,7 @@ the path's own end. Loss terms may be below 0: they leave out a constant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,21 +34,32 @@ from ...core.kernels import KernelTable, Step
 from ...core.log_reward import LogReward
 from ...core.lookahead import LEAST, Attenuation, attenuation, shifted
 from ...core.rollout import SpreadChoice
-from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
+from ...core.types import (
+    Losses,
+    Objective,
+    Policy,
+    Selection,
+    Signals,
+    Transitions,
+    beside,
+)
 from ...core.value_gradient import StepWeight, mean_square, step_weight
 from ..parts import Parts
 
 
 @dataclass(frozen=True)
 class PoolSignals(Signals):
-    """Of each transition's path: x_end [M, ...] x_N, output_ref [M, ...] u_#(x_k), weight and
-    control [M] (`Pooled`), gradient [M, ...] ∇r(x_N)."""
+    """Of each transition's path: x_end [M, ...] x_N, output_ref and output_old [M, ...] of u_# and
+    of what drew it, where x_k is the path's own; known: [M] whether it is, on the CPU. weight,
+    control, slope: [M] (`Pooled`). gradient: [M, ...] ∇r(x_N)."""
 
     x_end: Tensor
     output_ref: Tensor
+    known: Tensor
     weight: Tensor
     control: Tensor
-    gradient: Tensor | None
+    slope: Tensor
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +100,15 @@ class ReweightedRegression(Objective):
         assert pooled is not None, "the config's check asks for a pool"
         row = chosen.row.to(paths.x.device, non_blocking=True)
         step = chosen.step.to(paths.x.device, non_blocking=True)
+        known = chosen.step >= pooled.fresh
+        drawn = chosen.of_each(pooled.own) & ~known.to(paths.x.device, non_blocking=True)
         return PoolSignals(
             chosen.of_each(paths.clean),
             pooled.output_ref[row, step],
+            known,
             chosen.of_each(pooled.weight),
-            chosen.of_each(pooled.control),
+            torch.where(drawn, 0.0, chosen.of_each(pooled.control)),  # d† is unknown there
+            pooled.slope[step],
             None if pooled.gradient is None else chosen.of_each(pooled.gradient),
         )
 
@@ -100,6 +116,7 @@ class ReweightedRegression(Objective):
         known = batch.signals
         assert isinstance(known, PoolSignals)
         k = self.table.at(batch.step, batch.x)
+        batch, known = self._completed(batch, known, k)
         aimed = self.aimed(batch, known, k)
         with torch.enable_grad():
             output = self.policy.output(batch.x, k.here.time, batch.condition)
@@ -117,9 +134,29 @@ class ReweightedRegression(Objective):
             vectors={"value_gradient": aimed / k.std},
         )
 
+    def _completed(
+        self, batch: Transitions, known: PoolSignals, k: Step
+    ) -> tuple[Transitions, PoolSignals]:
+        """With u_#(x_k) of the states that are new, which also stands for what drew them."""
+        rows = (~known.known).nonzero()[:, 0]
+        if self.policy.together:  # every process makes the same passes
+            rows = torch.arange(len(batch))
+        if not len(rows):
+            return batch, known
+        here = beside(rows, batch.x)
+        with self.policy.reference(), torch.no_grad():
+            output = self.policy.output(batch.x[here], k.here.time[here], batch.condition[rows])
+        ref = known.output_ref.index_put((here,), output.to(known.output_ref.dtype))
+        there = beside(known.known, batch.x).reshape(k.std.shape)
+        return (
+            replace(batch, output_old=torch.where(there, batch.output_old, ref)),
+            replace(known, output_ref=ref),
+        )
+
     def aimed(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
         """t, [M, ...], without a graph."""
         noise = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
+        noise = known.slope.to(noise.dtype).reshape(k.std.shape) * noise
         drawn = moved_mean(batch.output_old, known.output_ref, k)
         w, c = known.weight.reshape(k.std.shape), known.control.reshape(k.std.shape)
         seen = w * noise - c * (noise - drawn)
