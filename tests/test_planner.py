@@ -13,7 +13,7 @@ from torch.utils._device import _device_constructors
 from nablagfn.cli import main
 from nablagfn.commands import planner
 from nablagfn.commands.planner import Costs, Setting
-from nablagfn.config import Config, ConfigError
+from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.models import sd_architecture
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
@@ -94,6 +94,7 @@ CASES = [
     ("adjoint-matching", {}),
     ("draft-k", {}),
     ("ddpo", {"training.gradient_checkpointing": True}),
+    ("nabla-db-pool", {"pool.size": 8, "pool.images_per_prompt": 4}),
 ]
 
 
@@ -150,6 +151,34 @@ def test_work_is_what_the_methods_page_says() -> None:
     assert work.transitions == n
     assert work.eps + work.eps_backward - config.sampling.num_steps == 5 * n - 2
     assert (work.decode, work.decode_backward) == (n + 1, n)
+
+
+def test_a_pool_is_drawn_once_and_shared_by_all_updates() -> None:
+    """500 paths of 50 steps for 2,000 uses; with ∇r at each end, and 2 decodes less an update."""
+    config = Config()
+    for key, value in {
+        "experiment.method": "nabla-db-pool",
+        "pool.size": 500,
+        "pool.images_per_prompt": 10,
+        "pool.renoise": 0.0,
+        "training.num_epochs": 125,
+        "sampling.batch_size": 16,
+        "sampling.num_batches_per_epoch": 1,
+        "training.batch_size": 16,
+        "training.gradient_accumulation_steps": 1,
+    }.items():
+        set_option(config, key, value)
+    work = planner.work_of(config)
+    assert work.transitions == 5
+    assert work.eps + work.eps_backward == 50 * 500 / 2000 + 3 * 5
+    assert (work.decode, work.decode_backward) == (0.25, 0.25)
+    assert planner.update_passes(config, work)["drawing"].forward == 16 * 50 * 500 / 2000
+    set_option(config, "pool.own_share", 0.5)
+    set_option(config, "pool.refresh", 31)  # at the epochs 31, 62, 93 and 124
+    own = planner.work_of(config)
+    assert own.eps - work.eps == 4 * 250 * 2 * 50 / 2000
+    set_option(config, "experiment.method", "reward-weighted")
+    assert planner.work_of(config).decode_backward == 0
 
 
 def test_less_memory_means_smaller_parts_of_the_same_update(

@@ -14,6 +14,7 @@ from .logs import Logging, Saving
 from .method import MethodSettings
 from .model import Attenuation, Model
 from .options import describe, find_file, flatten, merge, set_option
+from .pool import PoolSettings
 from .pretrained import Pretrained
 from .reward import RewardSettings
 from .sampling import Sampling
@@ -31,6 +32,7 @@ __all__ = [
     "Logging",
     "MethodSettings",
     "Model",
+    "PoolSettings",
     "Pretrained",
     "RewardSettings",
     "Sampling",

@@ -35,7 +35,9 @@ from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
 from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
-from ..core.types import Policy, Pooled, Trajectories, beside
+from ..core.types import Objective, Policy, Pooled, Trajectories, beside
+from ..methods.parts import Parts
+from ..methods.registry import source_of
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
 from .collect import Collector
@@ -303,3 +305,24 @@ class PoolCollector(Collector):
             gradients.append(found.gradient.cpu())
         reward = torch.cat(rewards)
         return reward, torch.cat(gradients) if self.gradients else reward.new_zeros(len(reward), 0)
+
+
+def collector_of(
+    parts: Parts, objective: Objective, folder: Path, *, rank: int = 0, world: int = 1
+) -> Collector:
+    """What gives the run its paths: new ones, or a pool's that is kept in `folder`."""
+    if source_of(parts.config) == "paths":
+        return Collector(
+            parts.policy, parts.table, parts.prompts, parts.config, rank=rank, world=world
+        )
+    return PoolCollector(
+        parts.policy,
+        parts.table,
+        parts.prompts,
+        parts.config,
+        log_reward=parts.log_reward,
+        gradients=objective.uses_reward_gradient,
+        folder=folder,
+        rank=rank,
+        world=world,
+    )

@@ -26,7 +26,7 @@ from ..core.types import Policy, Recogniser, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
 from ..methods.build import build_kernel, build_objective
 from ..methods.parts import Parts
-from ..methods.registry import check_settings, source_of
+from ..methods.registry import check_settings
 from ..prompts import PromptSet
 from ..rewards import NamedReward, Scores, named
 from ..runs import runfolder
@@ -35,10 +35,9 @@ from ..runs.runfolder import RunFolder
 from ..runtime import backoff, distributed
 from ..runtime.optimizers import schedule_lr
 from .checkpoint import CheckpointIO, Position, load_policy
-from .collect import Collector
 from .guard import Guard
 from .observe import Observer
-from .pool import PoolCollector
+from .pool import collector_of
 from .runlog import RunLog, make_accelerator
 from .updater import TrainingError, Updater, require_finite
 
@@ -184,7 +183,13 @@ class Trainer:
         self.objective = build_objective(parts)
         self.updater = Updater(self.accelerator, policy, self.objective, config)
         self.log = RunLog(self.accelerator, self.folder, config)
-        self.collector = self._make_collector(working, parts)
+        self.collector = collector_of(
+            parts,
+            self.objective,
+            self.folder.path / POOL,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
         self.callbacks, self._enough = tuple(callbacks), False
         self.observer = self._make_observer(view, held_out, recogniser)
         self.checkpoints = CheckpointIO(
@@ -195,24 +200,6 @@ class Trainer:
             self.updater.scaler,
             self.guard,
             limit=config.logging.num_checkpoint_limit,
-        )
-
-    def _make_collector(self, working: Policy, parts: Parts) -> Collector:
-        """Of new paths, or of a pool's."""
-        config, table, prompts = self.config, self.table, self.prompts
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if source_of(config) == "paths":
-            return Collector(working, table, prompts, config, rank=rank, world=world)
-        return PoolCollector(
-            working,
-            table,
-            prompts,
-            config,
-            log_reward=parts.log_reward,
-            gradients=self.objective.uses_reward_gradient,
-            folder=self.folder.path / POOL,
-            rank=rank,
-            world=world,
         )
 
     def _make_observer(

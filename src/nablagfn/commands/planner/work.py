@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,9 +16,10 @@ from ...config import Config
 from ...core.counting import Counts, counted
 from ...methods.build import build_kernel, build_objective
 from ...methods.parts import Parts as MethodParts
+from ...methods.registry import source_of
 from ...prompts import PromptSet
 from ...rewards import NamedReward
-from ...training.collect import Collector
+from ...training.pool import collector_of
 from ...worlds.policy import WorldPolicy, WorldReward
 
 
@@ -25,7 +28,7 @@ class Work:
     """What one path of an update takes: guided evaluations and decodes, forward and backward apart.
 
     transitions: how many are learned from. flow: samples that g_φ sees. The drawing of the path is
-    in it.
+    in it; from a pool, its share of what fills the pool.
     """
 
     transitions: float
@@ -41,32 +44,58 @@ def work_of(config: Config) -> Work:
     """Counted in a world, where an update takes no time: counts do not depend on the model."""
     paths = 8
     world = worlds.load("gaussian")
-    config = config.model_copy(deep=True)
+    asked, config = config, config.model_copy(deep=True)
     config.sampling.batch_size = config.training.batch_size = paths
     config.sampling.num_batches_per_epoch = config.training.gradient_accumulation_steps = 1
     config.model.guess_decoder = ""
+    if source_of(config) == "pool":
+        config.pool = config.pool.model_copy(update={"size": paths, "images_per_prompt": paths})
     counts = Counts()
     policy = counted(WorldPolicy(world), counts)
     table, prompts = build_kernel(config, policy), PromptSet(world.prompts)
     reward = NamedReward("gaussian", WorldReward(world))
-    objective = build_objective(MethodParts(config, policy, reward, prompts, table))
-    collector = Collector(policy, table, prompts, config)
-    drawn = replace(collector.collect(0), reward=torch.zeros(paths))
+    parts = MethodParts(config, policy, reward, prompts, table)
+    objective = build_objective(parts)
+    with tempfile.TemporaryDirectory() as folder:
+        collector = collector_of(parts, objective, Path(folder))
+        drawn = replace(collector.collect(0), reward=torch.zeros(paths))
+    filling = Filling.of(asked) if source_of(config) == "pool" else None
+    if filling:
+        counts.take()
     objective.observe(drawn.condition.prompts, torch.zeros(paths))
     (chosen,) = collector.batches(drawn, 0, 0, objective)
     flow = _Seen(objective.modules)
     batch = chosen.transitions(objective.prepare(chosen))
     objective.losses(batch).total().sum().backward()
     c = counts
+    share = filling or Filling(evaluations=0.0, decodes=1.0, backward=0.0)  # the reward, once
     return Work(
         len(batch) / paths,
-        (c.model - c.model_backward) / paths,
+        (c.model - c.model_backward) / paths + share.evaluations,
         c.model_backward / paths,
-        c.decode / paths + 1,  # and its reward, once
-        c.decode_backward / paths,
+        c.decode / paths + share.decodes,
+        c.decode_backward / paths + share.backward * objective.uses_reward_gradient,
         flow.forward / paths,
         flow.backward / paths,
     )
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What filling a pool costs for each path that an update takes of it."""
+
+    evaluations: float
+    decodes: float
+    backward: float
+
+    @staticmethod
+    def of(config: Config) -> Filling:
+        t, s, steps = config.training, config.pool, config.sampling.num_steps
+        taken = t.batch_size * t.gradient_accumulation_steps * config.updates_per_epoch()
+        used = taken * t.num_epochs * t.num_inner_epochs
+        own = (t.num_epochs - 1) // s.refresh * s.size * s.own_share
+        drawn = (s.size + own) / used
+        return Filling(steps * (s.size + 2 * own) / used, drawn, drawn)
 
 
 class _Seen:
@@ -108,10 +137,12 @@ def update_passes(config: Config, work: Work) -> dict[str, Passes]:
     t = config.training
     paths = t.batch_size * t.gradient_accumulation_steps
     steps = config.sampling.num_steps
+    share = Filling.of(config).evaluations if source_of(config) == "pool" else steps
+    drawing = share if source_of(config) == "pool" else steps / t.num_inner_epochs
     decoded = Passes(paths * work.decode, paths * work.decode_backward)
     return {
-        "drawing": Passes(paths / t.num_inner_epochs * steps),
-        "U-Net": Passes(paths * (work.eps - steps), paths * work.eps_backward),
+        "drawing": Passes(paths * drawing),
+        "U-Net": Passes(paths * (work.eps - share), paths * work.eps_backward),
         "decoder": decoded,
         "reward": decoded,
         "flow network": Passes(paths * work.flow, paths * work.flow_backward),

@@ -10,10 +10,11 @@ In units of σ_k the policy moves the mean of a step by d, and x_N says of the s
 w: the path's weight in the target, exp(βr)·p_#/p_drawn; ρ_k: how much of z̄ the sampler's own steps
 follow, measured on its paths (`kernels.bridge_slope`); d†: d of what drew the path, so that
 ρ_k z̄ − d† has about mean 0 given x_k and may be taken off with any factor that does not depend on
-x_N: c = 1. It takes the pretrained model's own errors out of the regression, and variance. Without γ (the method
-reward-weighted) the minimiser is E[w z̄|x_k]/E[w|x_k], the step of the target, for any reward, and
-no gradient of it is needed. With γ_k = ᾱ_k (nabla-db-pool) the steps near the clean end, where z̄ is
-almost noise alone and the reward almost linear, take the shifted guess instead:
+x_N: c = 1. It takes the pretrained model's own errors out of the regression, and variance. Without
+γ (the method reward-weighted) the minimiser is E[w ρ_k z̄|x_k]/E[w|x_k], the step of the target as
+far as ρ_k z̄ stands for the step's noise, for any reward, and no gradient of it is needed. With
+γ_k = ᾱ_k (nabla-db-pool) the steps near the clean end, where z̄ is almost noise alone and the reward
+almost linear, take the shifted guess instead:
 
     d̂ = (b/σ)(s²/a)·[ E_#[x_N|x_k + h·β∇r(x_N)] − E_#[x_N|x_k] ]/h
 
