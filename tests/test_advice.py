@@ -61,6 +61,12 @@ def test_a_sickness_is_named_and_nothing_else(late: dict, words: str) -> None:
     assert found.update == 60
 
 
+def test_a_loss_below_zero_without_trust_region_is_healthy() -> None:
+    """That of a pool's methods leaves out a constant."""
+    found = [{key: value for key, value in row.items() if key != "loss_trust"} for row in rows()]
+    assert advise([{**row, "loss_forward": -1.0} for row in found]) == []
+
+
 def test_a_dead_reward_is_named_at_once() -> None:
     dead = [{**row, "grad_norm": 0.0, "guess_sq": 0.0} for row in rows(2)]
     (found,) = advise(dead)

@@ -96,7 +96,8 @@ def same_noise(rows: Rows) -> str | None:
 
 
 def held_by_the_trust_region(rows: Rows) -> str | None:
-    if sum(recent(rows, "loss_trust")) <= sum(recent(rows, "loss_forward")):
+    trust = sum(recent(rows, "loss_trust"))
+    if not trust or trust <= sum(recent(rows, "loss_forward")):  # which may be below 0
         return None
     return (
         "the trust region weighs more than the forward loss: lower model.unet_reg_scale, or the "
@@ -163,8 +164,9 @@ def exploited(rows: Rows) -> str | None:
 def growing_loss(rows: Rows) -> str | None:
     losses = [row["loss_forward"] for row in rows if row.get("loss_forward") is not None]
     quarter = len(losses) // 4
-    if quarter < YOUNG or sum(losses[-quarter:]) <= 3 * sum(losses[:quarter]):
-        return None
+    first = sum(losses[:quarter])
+    if quarter < YOUNG or first < 0 or sum(losses[-quarter:]) <= 3 * first:
+        return None  # below 0 it says how far the run is, and not how far from its floor
     return (
         "the forward loss has grown threefold since the start: lower training.lr, or set "
         "training.adam_beta2=0.95"
