@@ -385,3 +385,35 @@ def test_a_folder_that_is_no_pipeline_gives_one_line(tmp_path: Path, content: st
 def test_a_flow_with_too_many_levels_says_so(policy64: StableDiffusionPolicy) -> None:
     with pytest.raises(ConfigError, match="flow_channel_width"):
         policy64.make_flow((8,) * 5, 1, seed=0)
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("attention", "resnets"), ("all",), ("to_v",)])
+def test_diffusers_loads_a_lora_on_any_layers(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """The pictures' network from the saved file is the trained one, whatever layers have a LoRA."""
+    policy = make_policy(lora_targets=targets, guidance_scale=1.0)
+    x, timestep, where = some_inputs(policy)
+    with torch.no_grad():
+        known = policy.output(x, timestep, where)
+        with policy.reference():
+            assert not torch.allclose(policy.output(x, timestep, where), known, atol=1e-3)
+    policy.save(tmp_path)
+    pipeline = make_pipeline()
+    pipeline.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        found = pipeline.unet(x, timestep, where.tensors["prompt_embeds"]).sample
+    torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layers_are_those_asked_for() -> None:
+    def layers(*targets: str) -> set[str]:
+        state = make_policy(lora_targets=targets).state_dict()
+        return {name.partition(".lora_")[0] for name in state}
+
+    attention, every = layers("attention"), layers("all")
+    assert layers("to_v") < attention < layers("attention", "resnets") < every
+    assert {"conv_in", "conv_out"} <= every and attention == layers(
+        "to_q", "to_k", "to_v", "to_out.0"
+    )
+    assert make_policy(lora_targets=("to_v",)).settings()["model.lora_targets"] == ("to_v",)
+    with pytest.raises(ConfigError, match=r"lora_targets=to_w.*attention, resnets, all"):
+        make_policy(lora_targets=("to_w",))

@@ -544,6 +544,7 @@ def test_every_matching_method_learns_from_either_source(method: str, tmp_path: 
         ({"experiment.method": "ddpo", "training.source": "pool"}, "training.source=pool"),
         ({"training.source": "paths"}, "training.source=pool"),
         ({"pool.images_per_prompt": 5}, "pool.images_per_prompt=5"),
+        ({"pool.own_share": 0.05}, "give 0.25 or more"),
         (
             {
                 "experiment.method": "adjoint-matching",

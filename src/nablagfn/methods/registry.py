@@ -209,6 +209,12 @@ def check_source(config: Config, method: Method) -> None:
             f"config.pool.images_per_prompt={s.images_per_prompt} must divide "
             f"config.pool.size={s.size}"
         )
+    if s.own_share and not round(s.own_share * s.images_per_prompt):
+        raise ConfigError(
+            f"config.pool.own_share={s.own_share:g} of config.pool.images_per_prompt="
+            f"{s.images_per_prompt} is no path at all: give {1 / s.images_per_prompt:.2g} or more, "
+            "or 0"
+        )
     if config.model.unet_reg_scale and "paths" in method.sources:
         raise ConfigError(
             f"config.model.unet_reg_scale={config.model.unet_reg_scale:g} holds on to the "

@@ -109,9 +109,12 @@ class StableDiffusion:
         return found
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        self.pipeline.save_lora_weights(
-            folder, unet_lora_layers=convert_state_dict_to_diffusers(dict(state))
-        )
+        """diffusers' own names where they exist for all layers, those of attention; else peft's:
+        it reads a mixture of both in part."""
+        layers = convert_state_dict_to_diffusers(dict(state))
+        if any(".lora_A." in name for name in layers):
+            layers = dict(state)
+        self.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 
 class StableDiffusionPolicy(LatentPolicy):
