@@ -55,6 +55,13 @@ def find_file(name: str) -> Path | None:
     return Path(expanded) if os.path.isfile(expanded) else None
 
 
+def unquoted(text: str) -> str:
+    """A name as Python prints it in a list, without its quotes; any other text as it is."""
+    name = text.strip()
+    quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "'\""
+    return name[1:-1] if quoted and name[1:-1].strip() else text
+
+
 def set_option(config: Config, key: str, value: Any) -> None:
     """Set one dotted option; strings are parsed by the option's type.
 
@@ -71,8 +78,7 @@ def set_option(config: Config, key: str, value: Any) -> None:
     for part in path:
         group = getattr(group, part)
     if isinstance(known[key], tuple) and isinstance(value, str):
-        parts = (part.strip().strip("'\"") for part in value.strip("()[] ").split(","))
-        value = [part for part in parts if part]
+        value = [unquoted(part) for part in value.strip("()[] ").split(",") if part.strip()]
     try:
         setattr(group, name, value)
     except ValidationError as error:
