@@ -480,6 +480,52 @@ def test_own_paths_carry_their_path_weight(tmp_path: Path) -> None:
     assert not torch.equal(own.output, own.output_ref)
 
 
+def test_the_loss_is_the_weighted_regression(tmp_path: Path) -> None:
+    made = trainer(options(tmp_path, model__timestep_fraction=1.0, pool__renoise=0.0))
+    with torch.no_grad():
+        for parameter in made.policy.parameters():
+            parameter.add_(0.1)
+    drawn = made.collector.collect(0)
+    (chosen,) = made.collector.batches(drawn, 0, 0, made.objective)
+    batch = chosen.transitions(made.objective.prepare(chosen))
+    known, objective = batch.signals, made.objective
+    assert isinstance(known, PoolSignals) and isinstance(objective, ReweightedRegression)
+    k = made.table.at(batch.step, batch.x)
+    with torch.no_grad():
+        output = made.policy.output(batch.x, made.table.time[batch.step], batch.condition)
+        d, t = moved_mean(output, known.output_ref, k), objective.aimed(batch, known, k)
+        value = known.weight[:, None] * d.square() - 2 * d * t
+        assert float((known.weight - 1).abs().max()) > 0.1
+        torch.testing.assert_close(objective.losses(batch).total(), value.mean(1))
+
+
+def test_own_paths_are_weighed_by_reward_and_ratio_and_uncontrolled_where_new(
+    tmp_path: Path,
+) -> None:
+    config = options(tmp_path, pool__own_share=1.0, pool__refresh=1, model__timestep_fraction=1.0)
+    set_option(config, "sampling.batch_size", 24)
+    set_option(config, "training.batch_size", 24)
+    made = trainer(config)
+    with torch.no_grad():
+        for parameter in made.policy.parameters():
+            parameter.add_(0.1)
+    collected = made.collector
+    assert isinstance(collected, PoolCollector)
+    drawn = collected.collect(1)
+    own = collected._own[1]
+    known = config.model.reward_scale * own.reward.double() - own.log_ratio
+    assert float(own.log_ratio.abs().max()) > 1e-3
+    torch.testing.assert_close(collected._log_weight(own), known)
+
+    (chosen,) = collected.batches(drawn, 1, 0, made.objective)
+    signals = made.objective.prepare(chosen)
+    assert isinstance(signals, PoolSignals) and chosen.paths.pooled is not None
+    mine = chosen.paths.pooled.own[chosen.row]
+    new = chosen.step < collected.fresh
+    assert bool((mine & new).any()) and bool((mine & ~new).any()) and bool((~mine & new).any())
+    assert torch.equal(signals.control == 0, mine & new)
+
+
 def test_own_paths_come_and_go(tmp_path: Path) -> None:
     config = options(pool__own_share=0.5, pool__refresh=2, pool__keep_draws=2)
     made = collector(config, tmp_path)
