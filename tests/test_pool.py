@@ -26,6 +26,7 @@ from nablagfn.methods.objectives.reweighted import (
 )
 from nablagfn.methods.registry import check_settings, find_method, source_of
 from nablagfn.prompts import PromptSet
+from nablagfn.training.collect import ignored
 from nablagfn.training.pool import PoolCollector, Shares, mean_one
 from nablagfn.training.trainer import Trainer
 from nablagfn.worlds import load
@@ -472,7 +473,7 @@ def test_own_paths_carry_their_path_weight(tmp_path: Path) -> None:
         for parameter in policy.parameters():
             parameter.add_(0.05)
     made = collector(config, tmp_path, policy)
-    own = made._drawn(1, lambda: None)
+    own = made._drawn(1, ignored)
     ratio = (-own.log_ratio).exp()
     error = float(ratio.std()) / len(ratio) ** 0.5
     assert float(own.log_ratio.std()) > 0.05, "the policy has moved"
@@ -535,7 +536,7 @@ def test_own_paths_come_and_go(tmp_path: Path) -> None:
         sizes.append(sorted(made._own))
     assert sizes == [[], [], [2], [2], [2, 4], [2, 4], [4, 6], [4, 6], [6, 8]]
     names = sorted(file.name for file in (tmp_path / "pool").iterdir())
-    assert names[0] == "rank00_base.safetensors" and not any("partial" in name for name in names)
+    assert names[0] == "rank00_base_00.safetensors" and not any("partial" in name for name in names)
 
 
 def test_processes_have_pools_of_their_own(tmp_path: Path) -> None:
@@ -549,10 +550,27 @@ def test_processes_have_pools_of_their_own(tmp_path: Path) -> None:
 def test_a_damaged_pool_is_drawn_again_and_is_the_same(tmp_path: Path) -> None:
     config = options()
     first = collector(config, tmp_path).collect(0)
-    (file,) = (tmp_path / "pool").iterdir()
+    file, *_ = sorted((tmp_path / "pool").iterdir())
     file.write_bytes(file.read_bytes()[:100])
     again = collector(config, tmp_path).collect(0)
     assert torch.equal(first.x, again.x) and torch.equal(first.clean, again.clean)
+
+
+def test_a_filling_that_is_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    config = options(pool__size=160, sampling__batch_size=4)  # 40 batches in parts of 2
+    whole = collector(config, tmp_path / "whole").collect(0)
+
+    def cut(done: int, total: int) -> None:
+        assert total == 40
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collector(config, tmp_path / "parts").collect(0, cut)
+    asked: list[int] = []
+    again = collector(config, tmp_path / "parts").collect(0, lambda done, _: asked.append(done))
+    assert asked == list(range(6, 40))
+    assert torch.equal(whole.x, again.x) and torch.equal(whole.clean, again.clean)
 
 
 # ------------------------------------------------------------------------------------- whole runs

@@ -15,7 +15,7 @@ from nablagfn.core.types import Losses, Transitions
 from nablagfn.methods.registry import METHODS
 from tests.gpu.setting import PRECISION, drawn, trainer_on
 
-ON_THE_CPU = ("row", "step", "seed", "noisy")  # so that choosing rows never waits
+ON_THE_CPU = ("row", "step", "seed", "noisy", "known")  # so that choosing rows never waits
 EMBEDS = "prompt_embeds"  # in the dtype of the text encoder
 
 

@@ -13,6 +13,12 @@ from ..core.rollout import rollout
 from ..core.types import Condition, Objective, Policy, Selection, Trajectories
 from ..prompts import PromptSet
 
+Between = Callable[[int, int], object]  # (batches that are done, of how many), before each
+
+
+def ignored(done: int, total: int) -> None:
+    """Nobody wants to know."""
+
 
 class Collector:
     """Draws this process's share of each epoch.
@@ -45,14 +51,15 @@ class Collector:
         start = (batch * self.world + self.rank) * size
         return range(start, start + size)
 
-    def collect(self, epoch: int, between: Callable[[], object] = lambda: None) -> Trajectories:
+    def collect(self, epoch: int, between: Between = ignored) -> Trajectories:
         """All trajectories of this process for one epoch, from the policy as it is now.
 
         between: called before each sampling batch.
         """
         drawn = []
-        for batch in range(self.config.sampling.num_batches_per_epoch):
-            between()
+        count = self.config.sampling.num_batches_per_epoch
+        for batch in range(count):
+            between(batch, count)
             drawn.append(self._draw(epoch, self.indices(batch)))
         return _concatenate(drawn)
 

@@ -11,12 +11,13 @@ u_#(x_k), and not their ends alone: noise that is added to an end makes states t
 sampler does not visit, but at its noisy steps (docs/pool.md). There, up to `pool.renoise`, states
 are drawn anew for each use, so that they are not learned by heart.
 
-RUN/pool/rank00_base.safetensors          the pretrained model's paths of a process
-RUN/pool/rank00_epoch00010.safetensors    the policy's own, drawn at the start of that epoch
+RUN/pool/rank00_base_00.safetensors          the pretrained model's paths of a process, in parts
+RUN/pool/rank00_epoch00010_00.safetensors    the policy's own, drawn at the start of that epoch
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -40,7 +41,9 @@ from ..methods.parts import Parts
 from ..methods.registry import source_of
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
-from .collect import Collector
+from .collect import Between, Collector, ignored
+
+PARTS = 32  # files of a draw, at most
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class Draw:
 
 def mean_one(log_w: Tensor, slot: Tensor) -> Tensor:
     """Weights [n] float32 from their logarithms, divided by their mean over each slot's paths."""
-    found = torch.empty(len(log_w), dtype=torch.float64)
-    for own in slot.unique():
-        rows = slot == own
-        found[rows] = log_w[rows].softmax(0) * int(rows.sum())
-    return found.float()
+    count = int(slot.max()) + 1
+    most = log_w.new_full((count,), -math.inf).scatter_reduce(0, slot, log_w, "amax")
+    raw = (log_w - most[slot]).exp()
+    mean = raw.new_zeros(count).index_add(0, slot, raw) / slot.bincount(minlength=count)
+    return (raw / mean[slot]).float()
 
 
 def slopes(draw: Draw, table: KernelTable) -> Tensor:
@@ -167,7 +170,7 @@ class PoolCollector(Collector):
 
     # ---------------------------------------------------------------- taking
 
-    def collect(self, epoch: int, between: Callable[[], object] = lambda: None) -> Trajectories:
+    def collect(self, epoch: int, between: Between = ignored) -> Trajectories:
         """This epoch's paths, by their share of the target (`Shares`)."""
         draw = self._filled(epoch, between)
         shares = Shares.of(self._log_weight(draw), draw.slot, self.config.pool.tilt)
@@ -224,11 +227,11 @@ class PoolCollector(Collector):
 
     # ---------------------------------------------------------------- filling
 
-    def _filled(self, epoch: int, between: Callable[[], object]) -> Draw:
+    def _filled(self, epoch: int, between: Between) -> Draw:
         """All paths that are learned from in this epoch."""
         s = self.config.pool
         if self._base is None:
-            self._base = self._kept("base", partial(self._drawn, None, between))
+            self._base = self._drawn(None, between)
             self._slope = slopes(self._base, self.table)
         own = round(s.own_share * s.images_per_prompt)
         if not own:
@@ -237,9 +240,35 @@ class PoolCollector(Collector):
         wanted = range(last, 0, -s.refresh)[: s.keep_draws]  # none at the start: nothing learned
         for at in reversed(wanted):
             if at not in self._own:
-                self._own[at] = self._kept(f"epoch{at:05d}", partial(self._drawn, at, between))
+                self._own[at] = self._drawn(at, between)
         self._own = {at: self._own[at] for at in wanted}
         return Draw.cat([self._base, *self._own.values()])
+
+    def _drawn(self, epoch: int | None, between: Between) -> Draw:
+        """Paths of the pretrained model (epoch None), or of the policy as it is now.
+
+        Kept in parts, so that a filling that is cut off goes on where it was.
+        """
+        s = self.config.pool
+        each = s.images_per_prompt if epoch is None else round(s.own_share * s.images_per_prompt)
+        slot = torch.arange(len(self.slots)).repeat_interleave(each)
+        batches = torch.arange(len(slot)).split(self.config.sampling.batch_size)
+        name = "base" if epoch is None else f"epoch{epoch:05d}"
+        size = math.ceil(len(batches) / PARTS)
+
+        def part(first: int) -> Draw:
+            found = []
+            for i, rows in enumerate(batches[first : first + size], first):
+                between(i, len(batches))
+                found.append(self._measured(slot[rows], rows + self.rank * len(slot), epoch))
+            return Draw.cat(found)
+
+        return Draw.cat(
+            [
+                self._kept(f"{name}_{first // size:02d}", partial(part, first))
+                for first in range(0, len(batches), size)
+            ]
+        )
 
     def _kept(self, name: str, make: Callable[[], Draw]) -> Draw:
         """The draw of that name, from its file where it is whole."""
@@ -249,21 +278,10 @@ class PoolCollector(Collector):
         except (OSError, SafetensorError, KeyError, TypeError):
             draw = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        save_file(draw.tensors(), partial)
-        os.replace(partial, file)
+        unfinished = file.with_name(f".{file.name}.partial")
+        save_file(draw.tensors(), unfinished)
+        os.replace(unfinished, file)
         return draw
-
-    def _drawn(self, epoch: int | None, between: Callable[[], object]) -> Draw:
-        """New paths: of the pretrained model (epoch None), or of the policy as it is now."""
-        s = self.config.pool
-        each = s.images_per_prompt if epoch is None else round(s.own_share * s.images_per_prompt)
-        slot = torch.arange(len(self.slots)).repeat_interleave(each)
-        parts = []
-        for rows in torch.arange(len(slot)).split(self.config.sampling.batch_size):
-            between()
-            parts.append(self._measured(slot[rows], rows + self.rank * len(slot), epoch))
-        return Draw.cat(parts)
 
     def _measured(self, slot: Tensor, indices: Tensor, epoch: int | None) -> Draw:
         """One batch of paths with their rewards, on the CPU."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +346,7 @@ class Trainer:
         """Draw samples with the parameters of now, update on them, log. May raise Stopped."""
         started = time.perf_counter()
         epoch, update = position.epoch, position.update
-        bar.note("sampling")
-        drawn = self.collector.collect(epoch, between=lambda: self._leave_if_asked(stop))
+        drawn = self.collector.collect(epoch, partial(self._between, bar, stop))
         scores = self._scores(drawn) if drawn.reward is None else Scores(drawn.reward, {})
         drawn = replace(drawn, reward=scores.total)
         rewards = {**self._observe(drawn), **self._components(scores)}
@@ -385,6 +385,11 @@ class Trainer:
         if said:
             bar.line(said)
         return seen.metrics
+
+    def _between(self, bar: Bar, stop: StopRequest, done: int, total: int) -> None:
+        """Before a batch of samples is drawn, `done` of `total`."""
+        self._leave_if_asked(stop)
+        bar.note(f"sampling {done + 1}/{total}" if total > 1 else "sampling")
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
         """Raise Stopped on every process when one was asked to stop."""

@@ -51,7 +51,7 @@ class DraftLV(Objective):
         x = chosen.paths.clean
         shape, seeds = tuple(x.shape[1:]), chosen.seed.tolist()
         noise = rng.normal(shape, seeds, seed=0, purpose="draft-lv", dtype=x.dtype)
-        return FreshNoise(noise.to(x.device))
+        return FreshNoise(noise.to(x.device, non_blocking=True))
 
     def losses(self, batch: Transitions) -> Losses:
         assert isinstance(batch.signals, FreshNoise)
