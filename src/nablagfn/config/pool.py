@@ -28,12 +28,31 @@ class PoolSettings(Group):
         description="τ: paths are taken in proportion to 1 − τ + τw, w their weight in the target; "
         "0: all alike. What is learned stays the same, its variance does not",
     )
+    looks: int = Field(
+        0,
+        ge=0,
+        description="states of a path at which the reward of the predicted clean sample is taken, "
+        "evenly among those with some signal and some noise; a step is then judged by what it did "
+        "to the reward expected, with the noise that it really had. A decode and a reward for each "
+        "path and look, once. 0: by the path's end alone, with what that tells of the noise, which "
+        "is biased where the sampler is not the inverse of the forward process",
+    )
+    ahead: int = Field(
+        2, ge=0, description="looks from a step to the one by which it is judged; 0: the end"
+    )
+    directions: int = Field(
+        64,
+        ge=0,
+        description="principal directions, of those in which ends differ that begin at one state, "
+        "along which a step's noise is learned from with pool.looks; 0: all",
+    )
     renoise: float = Field(
         0.2,
         ge=0,
         le=1,
         description="states with a share ᾱ of signal up to this are drawn anew for each use, by "
-        "the forward process from the path's next state; above it they are the path's own. 0: none",
+        "the forward process from the path's next state; above it they are the path's own. 0, and "
+        "with pool.looks: none",
     )
     own_share: float = Field(
         0.0,

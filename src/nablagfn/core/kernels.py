@@ -310,3 +310,9 @@ def log_ratio(x: Tensor, x_next: Tensor, output: Tensor, output_base: Tensor, k:
 def renoise(x_next: Tensor, noise: Tensor, k: Step) -> Tensor:
     """x_k ~ q(x_k|x_{k+1}), the forward process one step back, [M, ...]; noise standard normal."""
     return k.back_x * x_next + k.back_std * noise
+
+
+def along(z: Tensor, basis: Tensor) -> Tensor:
+    """The part of z [M, ...] within directions [M, D, count]."""
+    flat = z.flatten(1).unsqueeze(1)
+    return (flat @ basis @ basis.transpose(1, 2)).reshape(z.shape)

@@ -63,6 +63,24 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What the reward of predicted clean samples tells of a pool's paths (`training.critic`).
+
+    now, then: [B, N] the expected weight at each step, and where that step is judged. directions:
+    [N, D, count] of the noise that counts; None: all.
+    """
+
+    now: Tensor
+    then: Tensor
+    directions: Tensor | None
+
+    def __getitem__(self, index: Tensor) -> Judged:
+        """Those of the paths named by `index` ([M] integers)."""
+        here = beside(index, self.now)
+        return replace(self, now=self.now[here], then=self.then[here])
+
+
+@dataclass(frozen=True)
 class Pooled:
     """What a pool knows of the paths that were taken from it (`training.pool`).
 
@@ -70,7 +88,8 @@ class Pooled:
     booleans, True for the policy's own paths. weight: [B] w/q, their share of the target over the
     probability q by which they were taken; control: [B] 1/q. Both have mean 1 over what is taken.
     slope: [N] ρ_k (`kernels.bridge_slope`). effective: 0..1, the share of the pool that carries the
-    weights. gradient: [B, ...] ∇r(x_N), without β; None where the objective asks for none.
+    weights. gradient: [B, ...] ∇r(x_N), without β; None where the objective asks for none. judged:
+    over q, too; None without `pool.looks`.
     """
 
     output_ref: Tensor
@@ -81,6 +100,7 @@ class Pooled:
     fresh: int = 0
     effective: float = 1.0
     gradient: Tensor | None = None
+    judged: Judged | None = None
 
     def __getitem__(self, index: Tensor) -> Pooled:
         """Those of the paths named by `index` ([M] integers)."""
@@ -92,6 +112,7 @@ class Pooled:
             weight=self.weight[here],
             control=self.control[here],
             gradient=None if self.gradient is None else self.gradient[here],
+            judged=None if self.judged is None else self.judged[index],
         )
 
 
@@ -344,11 +365,13 @@ class Objective(Protocol):
 
     The trainer calls, per epoch, `observe`; per update, `choose` for each trajectory and `prepare`
     once; then `losses` per micro-batch. Implementations inherit the defaults from here.
-    uses_reward_gradient: False where the reward's values are enough.
+    uses_reward_gradient: False where the reward's values are enough. weighs_paths: whether it
+    learns from the weights of a pool's paths.
     """
 
     modules: nn.ModuleDict
     uses_reward_gradient: bool = True
+    weighs_paths: bool = False
 
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         """Which transitions of one trajectory to learn from: integers in 0..num_steps-1."""

@@ -36,14 +36,16 @@ from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
 from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
-from ..core.types import Objective, Policy, Pooled, Trajectories, beside
+from ..core.types import Judged, Objective, Policy, Pooled, Trajectories, beside
 from ..methods.parts import Parts
 from ..methods.registry import source_of
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
+from . import critic
 from .collect import Between, Collector, ignored
 
 PARTS = 32  # files of a draw, at most
+MEASURED = 4096  # paths whose directions are taken, at most
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Draw:
     """Paths that were drawn at one time, n of them, those of a prompt side by side.
 
     x: [n, N+1, ...]. output, output_ref: [n, N, ...] u(x_k) of what drew them, and u_#(x_k). slot:
-    [n] int64, which of the pool's prompts. reward: [n]. log_ratio: [n] float64, log p_drawn/p_# of
-    the paths. gradient: [n, ...] ∇r(x_N), or [n, 0] where none is asked for.
+    [n] int64, which of the pool's prompts. reward: [n]. seen: [n, looks] r of the predicted clean
+    samples. log_ratio: [n, N] float64, log p_drawn/p_# of the steps. gradient: [n, ...] ∇r(x_N), or
+    [n, 0] where none is asked for.
     """
 
     x: Tensor
@@ -60,6 +63,7 @@ class Draw:
     output_ref: Tensor
     slot: Tensor
     reward: Tensor
+    seen: Tensor
     log_ratio: Tensor
     gradient: Tensor
 
@@ -88,11 +92,14 @@ class Draw:
 
 def mean_one(log_w: Tensor, slot: Tensor) -> Tensor:
     """Weights [n] float32 from their logarithms, divided by their mean over each slot's paths."""
-    count = int(slot.max()) + 1
+    return (log_w - log_mean(log_w, slot, int(slot.max()) + 1)[slot]).exp().float()
+
+
+def log_mean(log_w: Tensor, slot: Tensor, count: int) -> Tensor:
+    """log of the mean weight of each of `count` slots, [count]."""
     most = log_w.new_full((count,), -math.inf).scatter_reduce(0, slot, log_w, "amax")
-    raw = (log_w - most[slot]).exp()
-    mean = raw.new_zeros(count).index_add(0, slot, raw) / slot.bincount(minlength=count)
-    return (raw / mean[slot]).float()
+    total = log_w.new_zeros(count).index_add(0, slot, (log_w - most[slot]).exp())
+    return most + (total / slot.bincount(minlength=count)).log()
 
 
 def slopes(draw: Draw, table: KernelTable) -> Tensor:
@@ -133,7 +140,8 @@ class PoolCollector(Collector):
     """Takes each epoch's paths from the pool of this process, which it fills when needed.
 
     log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
-    gradients: whether ∇r(x_N) is wanted. folder: where the pool is kept (RUN/pool).
+    gradients: whether ∇r(x_N) is wanted. looks: at states of a path. folder: where the pool is
+    kept (RUN/pool).
     """
 
     def __init__(
@@ -145,6 +153,7 @@ class PoolCollector(Collector):
         *,
         log_reward: LogReward,
         gradients: bool,
+        looks: int = 0,
         folder: Path,
         rank: int = 0,
         world: int = 1,
@@ -152,10 +161,13 @@ class PoolCollector(Collector):
         super().__init__(policy, table, prompts, config, rank=rank, world=world)
         self.log_reward = log_reward
         self.gradients = gradients
+        self.looks = critic.looks_at(table.schedule.alpha_bar, looks)
+        self.spans = critic.Spans.of(self.looks, table.num_steps, config.pool.ahead)
         self.folder = folder
         self.slots = self._slots()
         self._base: Draw | None = None
         self._slope = torch.ones(table.num_steps)
+        self._directions: Tensor | None = None
         self._own: dict[int, Draw] = {}  # by epoch
 
     def _slots(self) -> tuple[str, ...]:
@@ -172,20 +184,22 @@ class PoolCollector(Collector):
 
     def collect(self, epoch: int, between: Between = ignored) -> Trajectories:
         """This epoch's paths, by their share of the target (`Shares`)."""
-        draw = self._filled(epoch, between)
+        draws = self._filled(epoch, between)
+        draw = Draw.cat(draws) if len(draws) > 1 else draws[0]
         shares = Shares.of(self._log_weight(draw), draw.slot, self.config.pool.tilt)
+        judged = self._judged(draws) if self.looks else None
         s = self.config.sampling
         generator = rng.generator(self.config.seed, "pool", epoch, self.rank)
         u = float(torch.rand(1, generator=generator, dtype=torch.float64))
         share = shares.probability.double()
         rows = systematic(share / share.sum(), s.batch_size * s.num_batches_per_epoch, u)
-        taken = self._taken(draw, shares, rows)
+        taken = self._taken(draw, shares, judged, rows)
         return self._renoised(taken, rng.generator(self.config.seed, "renoise", epoch, self.rank))
 
     @property
     def fresh(self) -> int:
         """The number of steps from states that are drawn anew: the noisiest, never the last."""
-        limit = self.config.pool.renoise
+        limit = 0.0 if self.looks else self.config.pool.renoise
         noisy = int((self.table.schedule.alpha_bar[:-1] <= limit).sum()) if limit else 0
         return min(noisy, self.table.num_steps - 1)
 
@@ -199,13 +213,36 @@ class PoolCollector(Collector):
 
     def _log_weight(self, draw: Draw) -> Tensor:
         """log w = β·r − log p_drawn/p_#, [n] float64."""
-        return self.log_reward.of(draw.reward.double()) - draw.log_ratio
+        return self.log_reward.of(draw.reward.double()) - draw.log_ratio.sum(1)
 
-    def _taken(self, draw: Draw, shares: Shares, rows: Tensor) -> Trajectories:
+    def _judged(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """ĥ at each step and at the look it is judged by, [n, N] each: of the pretrained model's
+        paths, the first draw, and with its curves of the policy's own."""
+        base, of = draws[0], self.log_reward.of
+        count = len(self.slots)
+        log_z = log_mean(of(base.reward.double()), base.slot, count)
+        curves: list[critic.Curve] = []
+        found = []
+        for draw in draws:
+            weight = (of(draw.reward.double()) - log_z[draw.slot]).exp()
+            scores = of(draw.seen.double()) - log_z[draw.slot, None]
+            if draw is base:
+                curves = [critic.Curve.fit(score, weight) for score in scores.unbind(1)]
+            value = critic.values(scores, weight, curves)
+            found.append(critic.judged(value, draw.log_ratio, self.spans, draw is not base))
+        now, then = zip(*found, strict=True)
+        return torch.cat(now), torch.cat(then)
+
+    def _taken(
+        self, draw: Draw, shares: Shares, judged: tuple[Tensor, Tensor] | None, rows: Tensor
+    ) -> Trajectories:
         """The paths `rows`, on the policy's device."""
 
         def here(value: Tensor) -> Tensor:
             return value[rows].to(self.policy.device, non_blocking=True)
+
+        def over_share(value: Tensor) -> Tensor:
+            return here(value / shares.probability[:, None])
 
         asked = [self.slots[i] for i in draw.slot[rows].tolist()]
         return Trajectories(
@@ -222,27 +259,38 @@ class PoolCollector(Collector):
                 self.fresh,
                 shares.effective,
                 here(draw.gradient) if self.gradients else None,
+                judged and Judged(over_share(judged[0]), over_share(judged[1]), self._directions),
             ),
         )
 
     # ---------------------------------------------------------------- filling
 
-    def _filled(self, epoch: int, between: Between) -> Draw:
-        """All paths that are learned from in this epoch."""
+    def _filled(self, epoch: int, between: Between) -> list[Draw]:
+        """All paths that are learned from in this epoch, the pretrained model's first."""
         s = self.config.pool
         if self._base is None:
             self._base = self._drawn(None, between)
-            self._slope = slopes(self._base, self.table)
+            self._measure(self._base)
         own = round(s.own_share * s.images_per_prompt)
         if not own:
-            return self._base
+            return [self._base]
         last = epoch - epoch % s.refresh
         wanted = range(last, 0, -s.refresh)[: s.keep_draws]  # none at the start: nothing learned
         for at in reversed(wanted):
             if at not in self._own:
                 self._own[at] = self._drawn(at, between)
         self._own = {at: self._own[at] for at in wanted}
-        return Draw.cat([self._base, *self._own.values()])
+        return [self._base, *self._own.values()]
+
+    def _measure(self, base: Draw) -> None:
+        """What the pretrained model's paths tell of all."""
+        self._slope = slopes(base, self.table)
+        if self.looks:
+            some = slice(None, None, math.ceil(len(base.x) / MEASURED))
+            found = critic.directions(
+                base.x[some], base.output_ref[some], self.table, self.config.pool.directions
+            )
+            self._directions = None if found is None else found.to(self.policy.device)
 
     def _drawn(self, epoch: int | None, between: Between) -> Draw:
         """Paths of the pretrained model (epoch None), or of the policy as it is now.
@@ -298,13 +346,26 @@ class PoolCollector(Collector):
         with self.policy.reference() if base else nullcontext():
             paths = rollout(self.policy, self.table, noise, condition)
         output = output_ref = paths.output.cpu()
-        log_ratio = torch.zeros(len(slot), dtype=torch.float64)
+        log_ratio = torch.zeros(len(slot), self.table.num_steps, dtype=torch.float64)
         if not base:
             found = path_ratio(self.policy, self.table, paths, keep_reference=True)
             assert found.output_ref is not None
-            output_ref, log_ratio = found.output_ref.cpu(), found.log_ratio.sum(1).double().cpu()
+            output_ref, log_ratio = found.output_ref.cpu(), found.log_ratio.double().cpu()
         reward, gradient = self._rewards(paths)
-        return Draw(paths.x.cpu(), output, output_ref, slot, reward, log_ratio, gradient)
+        seen = self._seen(paths, output_ref)
+        return Draw(paths.x.cpu(), output, output_ref, slot, reward, seen, log_ratio, gradient)
+
+    def _seen(self, paths: Trajectories, output_ref: Tensor) -> Tensor:
+        """r of what u_# predicts of the clean sample at each look, [n, looks] on the CPU."""
+        found = [paths.x.new_zeros(len(paths.x), 0)]
+        raw = self.log_reward.plain()
+        for step in self.looks:
+            x = paths.x[:, step]
+            k = self.table.at_step(step, x)
+            predicted = kernels.predict_clean(x, output_ref[:, step].to(x.device), k.here)
+            with torch.no_grad():
+                found.append(raw(predicted, paths.condition).float()[:, None])
+        return torch.cat(found, 1).cpu()
 
     def _rewards(self, paths: Trajectories) -> tuple[Tensor, Tensor]:
         """r [n] float32 and ∇r [n, ...] of the ends, on the CPU; [n, 0] without gradients."""
@@ -340,6 +401,7 @@ def collector_of(
         parts.config,
         log_reward=parts.log_reward,
         gradients=objective.uses_reward_gradient,
+        looks=parts.config.pool.looks if objective.weighs_paths else 0,
         folder=folder,
         rank=rank,
         world=world,

@@ -59,7 +59,8 @@ class PoolSignals(Signals):
     known: Tensor
     weight: Tensor
     control: Tensor
-    slope: Tensor
+    slope: Tensor | None
+    basis: Tensor | None = None
     gradient: Tensor | None = None
 
 
@@ -74,6 +75,8 @@ class Guessing:
 
 class ReweightedRegression(Objective):
     """guessing: None for the weighted regression alone. fraction: of each path's steps."""
+
+    weighs_paths = True
 
     def __init__(
         self,
@@ -103,14 +106,24 @@ class ReweightedRegression(Objective):
         step = chosen.step.to(paths.x.device, non_blocking=True)
         known = chosen.step >= pooled.fresh
         drawn = chosen.of_each(pooled.own) & ~known.to(paths.x.device, non_blocking=True)
-        return PoolSignals(
+        signals = PoolSignals(
             chosen.of_each(paths.clean),
             pooled.output_ref[row, step],
             known,
             chosen.of_each(pooled.weight),
             torch.where(drawn, 0.0, chosen.of_each(pooled.control)),  # d† is unknown there
             pooled.slope[step],
-            None if pooled.gradient is None else chosen.of_each(pooled.gradient),
+            gradient=None if pooled.gradient is None else chosen.of_each(pooled.gradient),
+        )
+        if pooled.judged is None:
+            return signals
+        basis = pooled.judged.directions
+        return replace(
+            signals,
+            weight=pooled.judged.then[row, step],
+            control=pooled.judged.now[row, step],
+            slope=None,
+            basis=None if basis is None else basis[step],
         )
 
     def losses(self, batch: Transitions) -> Losses:
@@ -156,15 +169,24 @@ class ReweightedRegression(Objective):
 
     def aimed(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
         """t, [M, ...], without a graph."""
-        noise = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
-        noise = known.slope.to(noise.dtype).reshape(k.std.shape) * noise
+        noise = self.noise(batch, known, k)
         drawn = moved_mean(batch.output_old, known.output_ref, k)
+        if known.basis is not None:
+            drawn = kernels.along(drawn, known.basis)
         w, c = known.weight.reshape(k.std.shape), known.control.reshape(k.std.shape)
         seen = w * noise - c * (noise - drawn)
         if self.guessing is None:
             return seen
         trust = attenuation(k.here.alpha_bar, self.guessing.mode)
         return (1 - trust) * seen + trust * w * self.guessed(batch, known, k, self.guessing)
+
+    def noise(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
+        """ρ_k z̄, or of a judged path the noise z_k that it had, [M, ...]."""
+        if known.slope is not None:
+            seen = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
+            return known.slope.to(seen.dtype).reshape(k.std.shape) * seen
+        drawn = (batch.x_next - kernels.mean(batch.x, known.output_ref, k)) / k.std
+        return drawn if known.basis is None else kernels.along(drawn, known.basis)
 
     def guessed(self, batch: Transitions, known: PoolSignals, k: Step, how: Guessing) -> Tensor:
         """d̂, [M, ...], without a graph; 0 where a = 0."""
