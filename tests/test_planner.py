@@ -178,7 +178,10 @@ def test_a_pool_is_drawn_once_and_shared_by_all_updates() -> None:
     own = planner.work_of(config)
     assert own.eps - work.eps == 4 * 250 * 2 * 50 / 2000
     set_option(config, "experiment.method", "reward-weighted")
+    set_option(config, "pool.own_share", 0.0)
     assert planner.work_of(config).decode_backward == 0
+    set_option(config, "pool.looks", 6)
+    assert planner.work_of(config).decode == 7 * 0.25
 
 
 def test_less_memory_means_smaller_parts_of_the_same_update(

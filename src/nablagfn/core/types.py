@@ -365,13 +365,11 @@ class Objective(Protocol):
 
     The trainer calls, per epoch, `observe`; per update, `choose` for each trajectory and `prepare`
     once; then `losses` per micro-batch. Implementations inherit the defaults from here.
-    uses_reward_gradient: False where the reward's values are enough. weighs_paths: whether it
-    learns from the weights of a pool's paths.
+    uses_reward_gradient: False where the reward's values are enough.
     """
 
     modules: nn.ModuleDict
     uses_reward_gradient: bool = True
-    weighs_paths: bool = False
 
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         """Which transitions of one trajectory to learn from: integers in 0..num_steps-1."""

@@ -193,6 +193,11 @@ def source_of(config: Config) -> str:
     return find_method(config.experiment.method).sources[0] if chosen == "auto" else chosen
 
 
+def weighs_paths(config: Config) -> bool:
+    """Whether the method learns from the weights of a pool's paths, and so has a use for looks."""
+    return "paths" not in find_method(config.experiment.method).sources
+
+
 def check_source(config: Config, method: Method) -> None:
     """Raises ConfigError for a source that the method cannot have, and for settings that do not go
     with a pool."""

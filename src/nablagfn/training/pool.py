@@ -38,7 +38,7 @@ from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
 from ..core.types import Judged, Objective, Policy, Pooled, Trajectories, beside
 from ..methods.parts import Parts
-from ..methods.registry import source_of
+from ..methods.registry import source_of, weighs_paths
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
 from . import critic
@@ -401,7 +401,7 @@ def collector_of(
         parts.config,
         log_reward=parts.log_reward,
         gradients=objective.uses_reward_gradient,
-        looks=parts.config.pool.looks if objective.weighs_paths else 0,
+        looks=parts.config.pool.looks if weighs_paths(parts.config) else 0,
         folder=folder,
         rank=rank,
         world=world,

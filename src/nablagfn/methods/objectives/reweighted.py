@@ -76,8 +76,6 @@ class Guessing:
 class ReweightedRegression(Objective):
     """guessing: None for the weighted regression alone. fraction: of each path's steps."""
 
-    weighs_paths = True
-
     def __init__(
         self,
         policy: Policy,
