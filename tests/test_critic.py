@@ -18,6 +18,7 @@ from nablagfn.methods.build import build_kernel
 from nablagfn.methods.objectives.reweighted import PoolSignals, ReweightedRegression, moved_mean
 from nablagfn.training import critic
 from nablagfn.training.critic import Curve, Spans
+from nablagfn.training.draws import Shelf
 from nablagfn.training.pool import PoolCollector
 from nablagfn.worlds.policy import WorldPolicy
 from tests.test_pool import PROMPTS, options, trained, trainer, world_table
@@ -30,6 +31,7 @@ SLOPE = torch.tensor([0.9, -0.6, 0.3, 0.0], dtype=torch.float64)  # of log w in 
 def test_looks_are_where_there_is_signal_and_noise() -> None:
     share = torch.tensor([0.001, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.99, 1.0])
     assert critic.looks_at(share, 3) == (2, 4, 6)
+    assert critic.looks_at(share, 1) == (4,)
     assert critic.looks_at(share, 99) == (2, 3, 4, 5, 6)
     assert critic.looks_at(share, 0) == () == critic.looks_at(share[:2], 4)
 
@@ -56,6 +58,15 @@ def test_a_curve_finds_the_expected_weight_again() -> None:
     torch.testing.assert_close(curve.at(middle[None])[0], (curve.y[3] + curve.y[4]) / 2)
 
 
+def test_paths_of_one_score_count_alike() -> None:
+    """Whatever their order: the first ones of a prompt do not stand for all."""
+    score = torch.cat([torch.zeros(600), torch.ones(400)])
+    weight = torch.cat([torch.full((100,), 9.0), torch.ones(900)])
+    curve = Curve.fit(score, weight)
+    found = curve.at(torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(found, torch.tensor([14 / 6, 1.0]).double())
+
+
 def test_few_paths_have_their_mean() -> None:
     curve = Curve.fit(torch.arange(9.0), torch.arange(9.0))
     assert torch.equal(curve.at(torch.tensor([-5.0, 50.0])), torch.full((2,), 4.0).double())
@@ -71,11 +82,11 @@ def test_directions_are_those_in_which_ends_differ() -> None:
         found = critic.directions(x, torch.zeros(n, 6, DIMENSIONS).double(), table, 2)
         assert found is not None and found.shape == (6, DIMENSIONS, 2)
         z = torch.randn(6, DIMENSIONS, generator=generator)
-        kept = kernels.along(z, found)
+        kept = torch.stack([kernels.along(z[k : k + 1], found[k])[0] for k in range(6)])
         torch.testing.assert_close(kept[:, [1, 3]], z[:, [1, 3]])
         assert float(kept[:, [0, 2]].abs().max()) < 1e-6
     assert critic.directions(x, torch.zeros(4, 6, DIMENSIONS).double(), table, 0) is None
-    assert critic.directions(x, torch.zeros(4, 6, DIMENSIONS).double(), table, 9) is None
+    assert critic.directions(x, torch.zeros(4, 6, DIMENSIONS).double(), table, 4) is None
 
 
 # --------------------------------------------------------------- the target's step, in closed form
@@ -161,13 +172,16 @@ def test_steps_are_those_of_the_target(ahead: int, moved: float) -> None:
 def at_step(
     known: Known, x: Tensor, u: Tensor, drawn: Tensor, now: Tensor, then: Tensor, step: int
 ) -> tuple[Transitions, PoolSignals]:
+    k = known.table.at_step(step, x[:, step])
     signals = PoolSignals(
         x[:, -1],
         u[:, step],
         torch.ones(len(x), dtype=torch.bool),
         then[:, step],
         now[:, step],
-        None,
+        then[:, step],
+        noise=(x[:, step + 1] - kernels.mean(x[:, step], u[:, step], k)) / k.std,
+        away=moved_mean(drawn, u[:, step], k),
     )
     where = known.policy.condition(known.policy.world.prompts * len(x))
     steps = torch.full((len(x),), step)
@@ -193,7 +207,7 @@ def looking(config_policy: PromptedWorld, tmp_path: Path, **more: object) -> Poo
         log_reward=LogReward(config_policy, tilt, config.model.reward_scale),
         gradients=False,
         looks=config.pool.looks,
-        folder=tmp_path / "pool",
+        shelf=Shelf(tmp_path / "pool", 0),
     )
 
 
@@ -219,7 +233,8 @@ def test_expected_weights_are_those_of_the_prompt(tmp_path: Path) -> None:
     more = {"pool__size": 3000, "pool__images_per_prompt": 1000, "model__reward_scale": 0.5}
     made = looking(PromptedWorld(hidden=8), tmp_path, **more)
     draws = made._filled(0, lambda done, total: None)
-    now, then = made._judged(draws)
+    judged = made._judged(draws)
+    now, then = judged.now, judged.then
     slot = draws[0].slot
     for prompt in range(3):
         assert float(then[slot == prompt, -1].mean()) == pytest.approx(1, abs=1e-5)

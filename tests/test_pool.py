@@ -16,7 +16,7 @@ from nablagfn.core.kernels import KernelTable
 from nablagfn.core.log_reward import LogReward
 from nablagfn.core.lookahead import How, guess, shift_size, shifted
 from nablagfn.core.schedules import Levels
-from nablagfn.core.types import Condition, Policy, Pooled, Transitions
+from nablagfn.core.types import Condition, Policy, Pooled, Trajectories, Transitions
 from nablagfn.methods.build import build_kernel
 from nablagfn.methods.objectives.reweighted import (
     Guessing,
@@ -27,8 +27,10 @@ from nablagfn.methods.objectives.reweighted import (
 from nablagfn.methods.registry import check_settings, find_method, source_of
 from nablagfn.prompts import PromptSet
 from nablagfn.training.collect import ignored
+from nablagfn.training.draws import Draw, Shelf
 from nablagfn.training.pool import PoolCollector, Shares, mean_one
 from nablagfn.training.trainer import Trainer
+from nablagfn.training.updater import TrainingError
 from nablagfn.worlds import load
 from nablagfn.worlds.mixture import Mixture
 from nablagfn.worlds.policy import WorldPolicy
@@ -74,7 +76,7 @@ def trainer(config: Config) -> Trainer:
 
 
 def collector(
-    config: Config, out: Path, policy: Policy | None = None, **more: int
+    config: Config, out: Path, policy: Policy | None = None, rank: int = 0, world: int = 1
 ) -> PoolCollector:
     policy = policy or PromptedWorld(hidden=8)
     return PoolCollector(
@@ -84,8 +86,8 @@ def collector(
         config,
         log_reward=LogReward(policy, tilt, config.model.reward_scale),
         gradients=True,
-        folder=out / "pool",
-        **more,
+        shelf=Shelf(out / "pool", rank),
+        world=world,
     )
 
 
@@ -292,6 +294,7 @@ def one_place(
         torch.ones(rows, dtype=torch.bool),
         weight,
         torch.full_like(weight, control),
+        weight,
         torch.ones_like(weight),
         gradient=torch.zeros_like(x_end),
     )
@@ -537,6 +540,7 @@ def test_own_paths_come_and_go(tmp_path: Path) -> None:
     assert sizes == [[], [], [2], [2], [2, 4], [2, 4], [4, 6], [4, 6], [6, 8]]
     names = sorted(file.name for file in (tmp_path / "pool").iterdir())
     assert names[0] == "rank00_base_00.safetensors" and not any("partial" in name for name in names)
+    assert names[-1].startswith("rank00_epoch00008") and "epoch00002" not in "".join(names)
 
 
 def test_processes_have_pools_of_their_own(tmp_path: Path) -> None:
@@ -571,6 +575,53 @@ def test_a_filling_that_is_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
     again = collector(config, tmp_path / "parts").collect(0, lambda done, _: asked.append(done))
     assert asked == list(range(6, 40))
     assert torch.equal(whole.x, again.x) and torch.equal(whole.clean, again.clean)
+
+
+def test_paths_of_other_prompts_are_not_taken_for_ours(tmp_path: Path) -> None:
+    config = options()
+    collector(config, tmp_path).collect(0)
+    made = collector(config, tmp_path)
+    made.slots = made.slots[::-1]  # as of an edited list
+    drawn = made.collect(0)
+    assert drawn.reward is not None
+    torch.testing.assert_close(drawn.reward, tilt(drawn.clean, drawn.condition.prompts, []).float())
+
+
+def test_what_any_process_lacks_all_of_them_make(tmp_path: Path) -> None:
+    """So that their passes and questions to each other stay in step; what is there is kept."""
+    made: list[str] = []
+
+    def make() -> Draw:
+        made.append("made")
+        return draw_of(torch.zeros(2))
+
+    for answer, count in ((True, 1), (False, 1), (True, 2)):
+        shelf = Shelf(tmp_path, 0, lambda lacking, answer=answer: answer)
+        kept = shelf.kept("base_00", "ours", make)
+        assert len(made) == count and torch.equal(kept.reward, torch.zeros(2))
+
+
+def draw_of(reward: Tensor) -> Draw:
+    n = len(reward)
+    x, u = torch.zeros(n, 3, 2), torch.zeros(n, 2, 2)
+    empty = reward.new_zeros(n, 0)
+    return Draw(x, u, u, torch.zeros(n).long(), reward, empty, torch.zeros(n, 2).double(), empty)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_told_before_it_is_kept(bad: float, tmp_path: Path) -> None:
+    made = collector(options(), tmp_path)
+    plain, count = made._rewards, []
+
+    def one_bad(paths: Trajectories) -> tuple[Tensor, Tensor]:
+        reward, gradient = plain(paths)
+        count.append(1)
+        return (reward.clone().index_fill_(0, torch.tensor([1]), bad), gradient)
+
+    made._rewards = one_bad  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="the reward is not finite: check the reward function"):
+        made.collect(0)
+    assert count == [1] and not list((tmp_path / "pool").glob("*"))
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -609,6 +660,7 @@ def test_every_matching_method_learns_from_either_source(method: str, tmp_path: 
         ({"training.source": "paths"}, "training.source=pool"),
         ({"pool.images_per_prompt": 5}, "pool.images_per_prompt=5"),
         ({"pool.own_share": 0.05}, "give 0.25 or more"),
+        ({"pool.looks": 2, "experiment.method": "adjoint-matching"}, "set config.pool.looks=0"),
         (
             {
                 "experiment.method": "adjoint-matching",

@@ -45,15 +45,14 @@ def moved(policy: Policy, made: PoolCollector, draw: Draw, step: int) -> Tensor:
 def estimates(made: PoolCollector, draw: Draw, d: Tensor, step: int) -> dict[str, Tensor]:
     """Of each path [n], whose mean is asked for."""
     weight = mean_one(made._log_weight(draw), draw.slot)
-    now, then = (value[:, step] for value in made._judged([draw]))
+    judged = made._judged([draw])
+    now, then = judged.now[:, step], judged.then[:, step]
     x, x_end = draw.x[:, step], draw.x[:, -1]
     k = made.table.at_step(step, x)
     z = (draw.x[:, step + 1] - kernels.mean(x, draw.output_ref[:, step], k)) / k.std
     bridged = kernels.bridge_noise(x, x_end, draw.output_ref[:, step], k) * made._slope[step]
-    if made._directions is not None:
-        along = kernels.along(z, made._directions[step].expand(len(z), -1, -1))
-    else:
-        along = z
+    basis = made._directions
+    along = z if basis is None else kernels.along(z, basis[step])
 
     def dot(noise: Tensor) -> Tensor:
         return (noise * d).flatten(1).sum(1)

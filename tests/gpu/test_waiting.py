@@ -15,7 +15,11 @@ from nablagfn.rewards import resolve
 from tests.gpu.setting import drawn, trainer_on
 from tests.tiny_rewards import save_weights
 
-KINDS = {**{method: {} for method in METHODS}, "nabla-db ": {"model.no_flow": True}}
+KINDS = {
+    **{method: {} for method in METHODS},
+    "nabla-db ": {"model.no_flow": True},
+    "reward-weighted ": {"pool.looks": 2},
+}
 # ImageReward waits: in its text encoder transformers asks whether the masks are all ones
 REWARDS = ("brightness", "tiny-aesthetic", "tiny-alignment", "aesthetic", "hpsv2")
 FREE = tuple(KINDS)

@@ -313,6 +313,6 @@ def renoise(x_next: Tensor, noise: Tensor, k: Step) -> Tensor:
 
 
 def along(z: Tensor, basis: Tensor) -> Tensor:
-    """The part of z [M, ...] within directions [M, D, count]."""
-    flat = z.flatten(1).unsqueeze(1)
-    return (flat @ basis @ basis.transpose(1, 2)).reshape(z.shape)
+    """The part of z [M, ...] within orthonormal directions [D, count]."""
+    basis = basis.to(z.dtype)
+    return (z.flatten(1) @ basis @ basis.T).reshape(z.shape)

@@ -66,18 +66,19 @@ class Condition:
 class Judged:
     """What the reward of predicted clean samples tells of a pool's paths (`training.critic`).
 
-    now, then: [B, N] the expected weight at each step, and where that step is judged. directions:
-    [N, D, count] of the noise that counts; None: all.
+    now, then, end: [B, N] the expected weight at each step, where that step is judged, and at the
+    path's end. directions: [N, D, count] of the noise that counts; None: all.
     """
 
     now: Tensor
     then: Tensor
+    end: Tensor
     directions: Tensor | None
 
     def __getitem__(self, index: Tensor) -> Judged:
         """Those of the paths named by `index` ([M] integers)."""
         here = beside(index, self.now)
-        return replace(self, now=self.now[here], then=self.then[here])
+        return replace(self, now=self.now[here], then=self.then[here], end=self.end[here])
 
 
 @dataclass(frozen=True)

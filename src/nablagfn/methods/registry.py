@@ -207,6 +207,11 @@ def check_source(config: Config, method: Method) -> None:
             f"config.training.source={source} does not go with {KEY}={method.name}: set "
             f"config.training.source={' or '.join(method.sources)}"
         )
+    if s.looks and not weighs_paths(config):
+        raise ConfigError(
+            f"config.pool.looks={s.looks} has no use in {KEY}={method.name}, which learns from no "
+            "weights of paths: set config.pool.looks=0"
+        )
     if source == "paths":
         return
     if s.size % s.images_per_prompt:

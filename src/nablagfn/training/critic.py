@@ -37,8 +37,10 @@ def looks_at(alpha_bar: Tensor, count: int) -> tuple[int, ...]:
     worth = ((alpha_bar > low) & (alpha_bar < high)).nonzero()[:, 0]
     if not count or not len(worth):
         return ()
-    picked = torch.linspace(0, len(worth) - 1, min(count, len(worth))).round().long()
-    return tuple(worth[picked].tolist())
+    count = min(count, len(worth))
+    last = len(worth) - 1
+    picked = torch.linspace(0, last, count) if count > 1 else torch.tensor([last / 2])
+    return tuple(worth[picked.round().long()].tolist())
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ class Curve:
 
     @staticmethod
     def fit(score: Tensor, weight: Tensor) -> Curve:
-        """The mean weight over equal shares of the paths by their score, [n] each."""
-        order = score.argsort(stable=True)
-        shares = order.chunk(max(1, min(64, len(order) // BIN)))
+        """The mean weight over equal shares of the paths by their score, [n] each.
+
+        Paths of one score count alike, whichever share they are in.
+        """
+        _, same, count = score.unique(return_inverse=True, return_counts=True)
+        total = torch.zeros(len(count), dtype=torch.float64).index_add(0, same, weight.double())
+        alike = (total / count)[same]
+        shares = score.argsort(stable=True).chunk(max(1, min(64, len(score) // BIN)))
         x = torch.stack([score[share].double().mean() for share in shares])
-        return Curve(x, torch.stack([weight[share].double().mean() for share in shares]))
+        return Curve(x, torch.stack([alike[share].mean() for share in shares]))
 
     def at(self, score: Tensor) -> Tensor:
         """[n] float64."""
@@ -110,12 +117,13 @@ def judged(value: Tensor, log_ratio: Tensor, spans: Spans, own: bool) -> tuple[T
 def directions(x: Tensor, output_ref: Tensor, table: KernelTable, count: int) -> Tensor | None:
     """Orthonormal directions in which ends differ that begin at one state, [N, D, count] float32.
 
-    The principal ones of z̄_k (`kernels.bridge_noise`) over n paths x [n, N+1, ...]. None where
-    there are no fewer than D, or `count` is 0.
+    The principal ones of z̄_k (`kernels.bridge_noise`) over n paths x [n, N+1, ...], n at most.
+    None where there are no fewer than D, or `count` is 0.
     """
     size = math.prod(x.shape[2:])
-    if not 0 < count < min(size, len(x)):
+    if not 0 < count < size:
         return None
+    count = min(count, len(x))
     found = []
     for step in range(table.num_steps):
         here, output = x[:, step], output_ref[:, step]
@@ -124,6 +132,7 @@ def directions(x: Tensor, output_ref: Tensor, table: KernelTable, count: int) ->
         if len(x) > size:
             basis = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -count:]
         else:
-            basis = torch.linalg.svd(seen, full_matrices=False).Vh[:count].T
+            values, rows = torch.linalg.eigh(seen @ seen.T)
+            basis = seen.T @ rows[:, -count:] / values[-count:].clamp(min=1e-300).sqrt()
         found.append(basis.float())
     return torch.stack(found)

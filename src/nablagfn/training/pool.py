@@ -18,19 +18,15 @@ RUN/pool/rank00_epoch00010_00.safetensors    the policy's own, drawn at the star
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, ConfigError
 from ..core import kernels, rng
 from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
@@ -43,51 +39,11 @@ from ..metrics.tilting import systematic
 from ..prompts import PromptSet
 from . import critic
 from .collect import Between, Collector, ignored
+from .draws import Draw, Shelf, identity
+from .updater import require_finite
 
 PARTS = 32  # files of a draw, at most
 MEASURED = 4096  # paths whose directions are taken, at most
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Paths that were drawn at one time, n of them, those of a prompt side by side.
-
-    x: [n, N+1, ...]. output, output_ref: [n, N, ...] u(x_k) of what drew them, and u_#(x_k). slot:
-    [n] int64, which of the pool's prompts. reward: [n]. seen: [n, looks] r of the predicted clean
-    samples. log_ratio: [n, N] float64, log p_drawn/p_# of the steps. gradient: [n, ...] ∇r(x_N), or
-    [n, 0] where none is asked for.
-    """
-
-    x: Tensor
-    output: Tensor
-    output_ref: Tensor
-    slot: Tensor
-    reward: Tensor
-    seen: Tensor
-    log_ratio: Tensor
-    gradient: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, each with storage of its own."""
-        found = {part.name: getattr(self, part.name).contiguous() for part in fields(self)}
-        if found["output"].data_ptr() == found["output_ref"].data_ptr():
-            del found["output"]  # the pretrained model's own: kept once
-        return found
-
-    @staticmethod
-    def of(tensors: dict[str, Tensor]) -> Draw:
-        return Draw(**{"output": tensors["output_ref"], **tensors})
-
-    @staticmethod
-    def cat(parts: Sequence[Draw]) -> Draw:
-        values = {
-            part.name: torch.cat([getattr(draw, part.name) for draw in parts])
-            for part in fields(Draw)
-            if part.name != "output"
-        }
-        if all(draw.output is draw.output_ref for draw in parts):
-            return Draw(output=values["output_ref"], **values)
-        return Draw(output=torch.cat([draw.output for draw in parts]), **values)
 
 
 def mean_one(log_w: Tensor, slot: Tensor) -> Tensor:
@@ -140,8 +96,8 @@ class PoolCollector(Collector):
     """Takes each epoch's paths from the pool of this process, which it fills when needed.
 
     log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
-    gradients: whether ∇r(x_N) is wanted. looks: at states of a path. folder: where the pool is
-    kept (RUN/pool).
+    gradients: whether ∇r(x_N) is wanted. looks: at states of a path. shelf: keeps the pool
+    (RUN/pool).
     """
 
     def __init__(
@@ -154,16 +110,21 @@ class PoolCollector(Collector):
         log_reward: LogReward,
         gradients: bool,
         looks: int = 0,
-        folder: Path,
-        rank: int = 0,
+        shelf: Shelf,
         world: int = 1,
     ) -> None:
-        super().__init__(policy, table, prompts, config, rank=rank, world=world)
+        super().__init__(policy, table, prompts, config, rank=shelf.rank, world=world)
         self.log_reward = log_reward
         self.gradients = gradients
         self.looks = critic.looks_at(table.schedule.alpha_bar, looks)
+        if looks and not self.looks:
+            raise ConfigError(
+                f"config.pool.looks={looks}, but no step of this sampler begins with a share of "
+                f"{critic.SEEN[0]} to {critic.SEEN[1]} of signal: set it to 0, or "
+                f"config.sampling.num_steps higher"
+            )
         self.spans = critic.Spans.of(self.looks, table.num_steps, config.pool.ahead)
-        self.folder = folder
+        self.shelf = shelf
         self.slots = self._slots()
         self._base: Draw | None = None
         self._slope = torch.ones(table.num_steps)
@@ -215,9 +176,9 @@ class PoolCollector(Collector):
         """log w = β·r − log p_drawn/p_#, [n] float64."""
         return self.log_reward.of(draw.reward.double()) - draw.log_ratio.sum(1)
 
-    def _judged(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-        """ĥ at each step and at the look it is judged by, [n, N] each: of the pretrained model's
-        paths, the first draw, and with its curves of the policy's own."""
+    def _judged(self, draws: Sequence[Draw]) -> Judged:
+        """ĥ of the pretrained model's paths, the first draw, and with its curves of the policy's
+        own."""
         base, of = draws[0], self.log_reward.of
         count = len(self.slots)
         log_z = log_mean(of(base.reward.double()), base.slot, count)
@@ -229,12 +190,22 @@ class PoolCollector(Collector):
             if draw is base:
                 curves = [critic.Curve.fit(score, weight) for score in scores.unbind(1)]
             value = critic.values(scores, weight, curves)
-            found.append(critic.judged(value, draw.log_ratio, self.spans, draw is not base))
-        now, then = zip(*found, strict=True)
-        return torch.cat(now), torch.cat(then)
+            found.append(
+                [
+                    critic.judged(value, draw.log_ratio, spans, draw is not base)
+                    for spans in (self.spans, critic.Spans.of(self.looks, self.table.num_steps, 0))
+                ]
+            )
+        near, far = zip(*found, strict=True)
+        return Judged(
+            torch.cat([now for now, _ in near]),
+            torch.cat([then for _, then in near]),
+            torch.cat([end for _, end in far]),
+            self._directions,
+        )
 
     def _taken(
-        self, draw: Draw, shares: Shares, judged: tuple[Tensor, Tensor] | None, rows: Tensor
+        self, draw: Draw, shares: Shares, judged: Judged | None, rows: Tensor
     ) -> Trajectories:
         """The paths `rows`, on the policy's device."""
 
@@ -259,7 +230,13 @@ class PoolCollector(Collector):
                 self.fresh,
                 shares.effective,
                 here(draw.gradient) if self.gradients else None,
-                judged and Judged(over_share(judged[0]), over_share(judged[1]), self._directions),
+                judged
+                and replace(
+                    judged,
+                    now=over_share(judged.now),
+                    then=over_share(judged.then),
+                    end=over_share(judged.end),
+                ),
             ),
         )
 
@@ -276,11 +253,19 @@ class PoolCollector(Collector):
             return [self._base]
         last = epoch - epoch % s.refresh
         wanted = range(last, 0, -s.refresh)[: s.keep_draws]  # none at the start: nothing learned
+        self._forget(epoch)
         for at in reversed(wanted):
             if at not in self._own:
                 self._own[at] = self._drawn(at, between)
         self._own = {at: self._own[at] for at in wanted}
         return [self._base, *self._own.values()]
+
+    def _forget(self, epoch: int) -> None:
+        """Delete own draws that not even the newest checkpoint goes on with."""
+        s = self.config.pool
+        saved = max(0, epoch - self.config.logging.save_freq)
+        oldest = saved - saved % s.refresh - (s.keep_draws - 1) * s.refresh
+        self.shelf.forget(f"epoch{max(0, oldest):05d}")
 
     def _measure(self, base: Draw) -> None:
         """What the pretrained model's paths tell of all."""
@@ -313,23 +298,26 @@ class PoolCollector(Collector):
 
         return Draw.cat(
             [
-                self._kept(f"{name}_{first // size:02d}", partial(part, first))
+                self.shelf.kept(
+                    f"{name}_{first // size:02d}",
+                    self._identity(torch.cat(batches[first : first + size]), slot, epoch),
+                    partial(part, first),
+                )
                 for first in range(0, len(batches), size)
             ]
         )
 
-    def _kept(self, name: str, make: Callable[[], Draw]) -> Draw:
-        """The draw of that name, from its file where it is whole."""
-        file = self.folder / f"rank{self.rank:02d}_{name}.safetensors"
-        try:
-            return Draw.of(load_file(file))
-        except (OSError, SafetensorError, KeyError, TypeError):
-            draw = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.partial")
-        save_file(draw.tensors(), unfinished)
-        os.replace(unfinished, file)
-        return draw
+    def _identity(self, rows: Tensor, slot: Tensor, epoch: int | None) -> str:
+        """Of the paths `rows` of a draw: what else they would be other paths for."""
+        return identity(
+            prompts=[self.slots[i] for i in slot[rows].tolist()],
+            first=int(rows[0]),
+            epoch=epoch,
+            seed=self.config.seed,
+            times=self.table.time.tolist(),
+            looks=self.looks,
+            gradients=self.gradients,
+        )
 
     def _measured(self, slot: Tensor, indices: Tensor, epoch: int | None) -> Draw:
         """One batch of paths with their rewards, on the CPU."""
@@ -353,6 +341,9 @@ class PoolCollector(Collector):
             output_ref, log_ratio = found.output_ref.cpu(), found.log_ratio.double().cpu()
         reward, gradient = self._rewards(paths)
         seen = self._seen(paths, output_ref)
+        for name, value in (("reward", reward), ("reward of a prediction", seen)):
+            require_finite(float(value.sum()), f"the {name}", "check the reward function")
+        require_finite(float(gradient.sum()), "the reward's gradient", "check the reward function")
         return Draw(paths.x.cpu(), output, output_ref, slot, reward, seen, log_ratio, gradient)
 
     def _seen(self, paths: Trajectories, output_ref: Tensor) -> Tensor:
@@ -386,13 +377,11 @@ class PoolCollector(Collector):
         return reward, torch.cat(gradients) if self.gradients else reward.new_zeros(len(reward), 0)
 
 
-def collector_of(
-    parts: Parts, objective: Objective, folder: Path, *, rank: int = 0, world: int = 1
-) -> Collector:
-    """What gives the run its paths: new ones, or a pool's that is kept in `folder`."""
+def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int = 1) -> Collector:
+    """What gives the run its paths: new ones, or a pool's that is kept on the shelf."""
     if source_of(parts.config) == "paths":
         return Collector(
-            parts.policy, parts.table, parts.prompts, parts.config, rank=rank, world=world
+            parts.policy, parts.table, parts.prompts, parts.config, rank=shelf.rank, world=world
         )
     return PoolCollector(
         parts.policy,
@@ -402,7 +391,6 @@ def collector_of(
         log_reward=parts.log_reward,
         gradients=objective.uses_reward_gradient,
         looks=parts.config.pool.looks if weighs_paths(parts.config) else 0,
-        folder=folder,
-        rank=rank,
+        shelf=shelf,
         world=world,
     )

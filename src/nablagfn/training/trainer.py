@@ -36,6 +36,7 @@ from ..runs.runfolder import RunFolder
 from ..runtime import backoff, distributed
 from ..runtime.optimizers import schedule_lr
 from .checkpoint import CheckpointIO, Position, load_policy
+from .draws import Shelf
 from .guard import Guard
 from .observe import Observer
 from .pool import collector_of
@@ -184,12 +185,13 @@ class Trainer:
         self.objective = build_objective(parts)
         self.updater = Updater(self.accelerator, policy, self.objective, config)
         self.log = RunLog(self.accelerator, self.folder, config)
-        self.collector = collector_of(
-            parts,
-            self.objective,
+        shelf = Shelf(
             self.folder.path / POOL,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            self.accelerator.process_index,
+            partial(distributed.any_process, self.accelerator),
+        )
+        self.collector = collector_of(
+            parts, self.objective, shelf, world=self.accelerator.num_processes
         )
         self.callbacks, self._enough = tuple(callbacks), False
         self.observer = self._make_observer(view, held_out, recogniser)

@@ -19,6 +19,7 @@ from ...methods.parts import Parts as MethodParts
 from ...methods.registry import source_of, weighs_paths
 from ...prompts import PromptSet
 from ...rewards import NamedReward
+from ...training.draws import Shelf
 from ...training.pool import collector_of
 from ...worlds.policy import WorldPolicy, WorldReward
 
@@ -57,7 +58,7 @@ def work_of(config: Config) -> Work:
     parts = MethodParts(config, policy, reward, prompts, table)
     objective = build_objective(parts)
     with tempfile.TemporaryDirectory() as folder:
-        collector = collector_of(parts, objective, Path(folder))
+        collector = collector_of(parts, objective, Shelf(Path(folder), 0))
         drawn = replace(collector.collect(0), reward=torch.zeros(paths))
     filling = Filling.of(asked) if source_of(config) == "pool" else None
     if filling:

@@ -52,15 +52,21 @@ from ..parts import Parts
 class PoolSignals(Signals):
     """Of each transition's path: x_end [M, ...] x_N, output_ref and output_old [M, ...] of u_# and
     of what drew it, where x_k is the path's own; known: [M] whether it is, on the CPU. weight,
-    control, slope: [M] (`Pooled`). gradient: [M, ...] ∇r(x_N)."""
+    control: [M], and end: [M] the weight of the guess, which has ∇r(x_N), gradient [M, ...].
+
+    slope: [M] ρ_k. Of judged steps there is none; noise and away are z_k and d† then, [M, ...],
+    along the directions that count.
+    """
 
     x_end: Tensor
     output_ref: Tensor
     known: Tensor
     weight: Tensor
     control: Tensor
-    slope: Tensor | None
-    basis: Tensor | None = None
+    end: Tensor
+    slope: Tensor | None = None
+    noise: Tensor | None = None
+    away: Tensor | None = None
     gradient: Tensor | None = None
 
 
@@ -104,25 +110,48 @@ class ReweightedRegression(Objective):
         step = chosen.step.to(paths.x.device, non_blocking=True)
         known = chosen.step >= pooled.fresh
         drawn = chosen.of_each(pooled.own) & ~known.to(paths.x.device, non_blocking=True)
+        weight = chosen.of_each(pooled.weight)
         signals = PoolSignals(
             chosen.of_each(paths.clean),
             pooled.output_ref[row, step],
             known,
-            chosen.of_each(pooled.weight),
+            weight,
             torch.where(drawn, 0.0, chosen.of_each(pooled.control)),  # d† is unknown there
+            weight,
             pooled.slope[step],
             gradient=None if pooled.gradient is None else chosen.of_each(pooled.gradient),
         )
         if pooled.judged is None:
             return signals
-        basis = pooled.judged.directions
+        noise, away = self._of_steps(chosen, pooled.judged.directions)
         return replace(
             signals,
             weight=pooled.judged.then[row, step],
             control=pooled.judged.now[row, step],
+            end=pooled.judged.end[row, step],
             slope=None,
-            basis=None if basis is None else basis[step],
+            noise=noise,
+            away=away,
         )
+
+    def _of_steps(self, chosen: Selection, directions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z_k and d† of each transition, [M, ...], along the directions of its step."""
+        paths, pooled = chosen.paths, chosen.paths.pooled
+        assert pooled is not None
+        noise = paths.x.new_empty(len(chosen.step), *paths.x.shape[2:])
+        away = torch.empty_like(noise)
+        for number in chosen.step.unique().tolist():
+            of_it = (chosen.step == number).nonzero()[:, 0]
+            rows = beside(chosen.row[of_it], paths.x)
+            x, ref = paths.x[rows, number], pooled.output_ref[rows, number]
+            k = self.table.at_step(number, x)
+            found = (paths.x[rows, number + 1] - kernels.mean(x, ref, k)) / k.std
+            moved = moved_mean(paths.output[rows, number], ref, k)
+            if directions is not None:
+                found, moved = (kernels.along(v, directions[number]) for v in (found, moved))
+            here = beside(of_it, noise)
+            noise[here], away[here] = found, moved
+        return noise, away
 
     def losses(self, batch: Transitions) -> Losses:
         known = batch.signals
@@ -167,24 +196,23 @@ class ReweightedRegression(Objective):
 
     def aimed(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
         """t, [M, ...], without a graph."""
-        noise = self.noise(batch, known, k)
-        drawn = moved_mean(batch.output_old, known.output_ref, k)
-        if known.basis is not None:
-            drawn = kernels.along(drawn, known.basis)
+        noise, away = self.noise(batch, known, k)
         w, c = known.weight.reshape(k.std.shape), known.control.reshape(k.std.shape)
-        seen = w * noise - c * (noise - drawn)
+        seen = w * noise - c * (noise - away)
         if self.guessing is None:
             return seen
         trust = attenuation(k.here.alpha_bar, self.guessing.mode)
-        return (1 - trust) * seen + trust * w * self.guessed(batch, known, k, self.guessing)
+        end = known.end.reshape(k.std.shape)
+        return (1 - trust) * seen + trust * end * self.guessed(batch, known, k, self.guessing)
 
-    def noise(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
-        """ρ_k z̄, or of a judged path the noise z_k that it had, [M, ...]."""
-        if known.slope is not None:
-            seen = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
-            return known.slope.to(seen.dtype).reshape(k.std.shape) * seen
-        drawn = (batch.x_next - kernels.mean(batch.x, known.output_ref, k)) / k.std
-        return drawn if known.basis is None else kernels.along(drawn, known.basis)
+    def noise(self, batch: Transitions, known: PoolSignals, k: Step) -> tuple[Tensor, Tensor]:
+        """ρ_k z̄, or of a judged path the noise z_k that it had, and d† of the same, [M, ...]."""
+        if known.slope is None:
+            assert known.noise is not None and known.away is not None
+            return known.noise, known.away
+        seen = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
+        slope = known.slope.to(seen.dtype).reshape(k.std.shape)
+        return slope * seen, moved_mean(batch.output_old, known.output_ref, k)
 
     def guessed(self, batch: Transitions, known: PoolSignals, k: Step, how: Guessing) -> Tensor:
         """d̂, [M, ...], without a graph; 0 where a = 0."""
