@@ -17,7 +17,7 @@ from nablagfn.core.types import Transitions
 from nablagfn.methods.build import build_kernel
 from nablagfn.methods.objectives.reweighted import PoolSignals, ReweightedRegression, moved_mean
 from nablagfn.training import critic
-from nablagfn.training.critic import Curve, Spans
+from nablagfn.training.critic import ExpectedWeight, Spans
 from nablagfn.training.draws import Shelf
 from nablagfn.training.pool import PoolCollector
 from nablagfn.worlds.policy import WorldPolicy
@@ -50,7 +50,7 @@ def test_a_curve_finds_the_expected_weight_again() -> None:
     generator = torch.Generator().manual_seed(0)
     score = torch.randn(20_000, generator=generator, dtype=torch.float64)
     noise = torch.rand(20_000, generator=generator, dtype=torch.float64) * 2
-    curve = Curve.fit(score, score.exp() * noise)
+    curve = ExpectedWeight.fit(score, score.exp() * noise)
     x = torch.linspace(-1.5, 1.5, 13, dtype=torch.float64)
     torch.testing.assert_close(curve.at(x), x.exp(), rtol=0.15, atol=0.02)
     assert torch.equal(curve.at(torch.tensor([9.0, 99.0])), curve.y[-1:].expand(2))
@@ -62,13 +62,13 @@ def test_paths_of_one_score_count_alike() -> None:
     """Whatever their order: the first ones of a prompt do not stand for all."""
     score = torch.cat([torch.zeros(600), torch.ones(400)])
     weight = torch.cat([torch.full((100,), 9.0), torch.ones(900)])
-    curve = Curve.fit(score, weight)
+    curve = ExpectedWeight.fit(score, weight)
     found = curve.at(torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(found, torch.tensor([14 / 6, 1.0]).double())
 
 
 def test_few_paths_have_their_mean() -> None:
-    curve = Curve.fit(torch.arange(9.0), torch.arange(9.0))
+    curve = ExpectedWeight.fit(torch.arange(9.0), torch.arange(9.0))
     assert torch.equal(curve.at(torch.tensor([-5.0, 50.0])), torch.full((2,), 4.0).double())
 
 

@@ -62,14 +62,14 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ExpectedWeight:
     """y over x, in straight lines, constant outside; x ascending."""
 
     x: Tensor
     y: Tensor
 
     @staticmethod
-    def fit(score: Tensor, weight: Tensor) -> Curve:
+    def fit(score: Tensor, weight: Tensor) -> ExpectedWeight:
         """The mean weight over equal shares of the paths by their score, [n] each.
 
         Paths of one score count alike, whichever share they are in.
@@ -79,7 +79,7 @@ class Curve:
         alike = (total / count)[same]
         shares = score.argsort(stable=True).chunk(max(1, min(64, len(score) // BIN)))
         x = torch.stack([score[share].double().mean() for share in shares])
-        return Curve(x, torch.stack([alike[share].mean() for share in shares]))
+        return ExpectedWeight(x, torch.stack([alike[share].mean() for share in shares]))
 
     def at(self, score: Tensor) -> Tensor:
         """[n] float64."""
@@ -92,7 +92,7 @@ class Curve:
         return self.y[right - 1] + part * (self.y[right] - self.y[right - 1])
 
 
-def values(scores: Tensor, weight: Tensor, curves: Sequence[Curve]) -> Tensor:
+def values(scores: Tensor, weight: Tensor, curves: Sequence[ExpectedWeight]) -> Tensor:
     """Expected weights before any look (1), at each look and at the end (w), [n, looks + 2]."""
     seen = [curve.at(score) for curve, score in zip(curves, scores.unbind(1), strict=True)]
     return torch.stack([torch.ones_like(weight), *seen, weight], 1)

@@ -182,13 +182,13 @@ class PoolCollector(Collector):
         base, of = draws[0], self.log_reward.of
         count = len(self.slots)
         log_z = log_mean(of(base.reward.double()), base.slot, count)
-        curves: list[critic.Curve] = []
+        curves: list[critic.ExpectedWeight] = []
         found = []
         for draw in draws:
             weight = (of(draw.reward.double()) - log_z[draw.slot]).exp()
             scores = of(draw.seen.double()) - log_z[draw.slot, None]
             if draw is base:
-                curves = [critic.Curve.fit(score, weight) for score in scores.unbind(1)]
+                curves = [critic.ExpectedWeight.fit(score, weight) for score in scores.unbind(1)]
             value = critic.values(scores, weight, curves)
             found.append(
                 [
