@@ -254,7 +254,16 @@ def test_a_run_with_looks_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_own_paths_are_weighed_alike_where_they_are(tmp_path: Path) -> None:
-    config = options(tmp_path, pool__own_share=1.0, pool__refresh=1, pool__looks=2)
+    config = options(
+        tmp_path,
+        pool__own_share=1.0,
+        pool__refresh=1,
+        pool__looks=2,
+        pool__directions=1,
+        pool__size=240,
+        pool__images_per_prompt=80,
+        model__timestep_fraction=1.0,
+    )
     set_option(config, "sampling.batch_size", 24)
     set_option(config, "training.batch_size", 24)
     made = trainer(config)
@@ -274,3 +283,34 @@ def test_own_paths_are_weighed_alike_where_they_are(tmp_path: Path) -> None:
     k = made.table.at(batch.step, batch.x)
     assert isinstance(batch.signals, PoolSignals)
     assert float(moved_mean(batch.output_old, batch.signals.output_ref, k).abs().max()) > 0.01
+
+
+def test_a_transition_has_what_is_known_of_its_step(tmp_path: Path) -> None:
+    config = options(
+        tmp_path,
+        pool__looks=2,
+        pool__ahead=1,
+        pool__directions=1,
+        pool__size=600,
+        pool__images_per_prompt=200,
+    )
+    set_option(config, "model.timestep_fraction", 1.0)
+    made = trainer(config)
+    drawn = made.collector.collect(0)
+    (chosen,) = made.collector.batches(drawn, 0, 0, made.objective)
+    batch = chosen.transitions(made.objective.prepare(chosen))
+    signals, known = batch.signals, chosen.paths.pooled and chosen.paths.pooled.judged
+    assert isinstance(signals, PoolSignals) and known is not None and known.directions is not None
+    row, step = chosen.row, chosen.step
+    assert len({tuple(v.tolist()) for v in (known.now[0], known.then[0], known.end[0])}) == 3
+    assert torch.equal(signals.weight, known.then[row, step])
+    assert torch.equal(signals.control, known.now[row, step])
+    assert torch.equal(signals.end, known.end[row, step])
+    assert signals.noise is not None and signals.away is not None
+    for i, number in enumerate(step.tolist()):
+        k = made.table.at_step(number, batch.x[i : i + 1])
+        mean = kernels.mean(batch.x[i : i + 1], signals.output_ref[i : i + 1], k)
+        z = (batch.x_next[i : i + 1] - mean) / k.std
+        kept = kernels.along(z, known.directions[number])
+        torch.testing.assert_close(signals.noise[i : i + 1], kept)
+    assert float(signals.away.abs().max()) < 1e-6
