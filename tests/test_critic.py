@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -241,6 +241,17 @@ def test_expected_weights_are_those_of_the_prompt(tmp_path: Path) -> None:
     torch.testing.assert_close(now.mean(0), torch.ones(12), rtol=0, atol=0.12)
     right = (then[:, -1] - now[:, -1]).square().mean()
     assert float(right) < 0.5 * float((then[:, -1] - 1).square().mean()), "looks tell of the end"
+
+
+def test_what_a_prompt_is_worth_altogether_changes_nothing(tmp_path: Path) -> None:
+    """Rewards of each prompt may be shifted, and those of what is predicted with them."""
+    made = looking(PromptedWorld(hidden=8), tmp_path, pool__size=600, pool__images_per_prompt=200)
+    (base,) = made._filled(0, lambda done, total: None)
+    known = made._judged([base])
+    by = torch.tensor([0.0, 3.0, -2.0])[base.slot]
+    moved = made._judged([replace(base, reward=base.reward + by, seen=base.seen + by[:, None])])
+    torch.testing.assert_close(moved.now, known.now, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved.then, known.then, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_with_looks_goes_on_bit_for_bit(tmp_path: Path) -> None:
