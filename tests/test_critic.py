@@ -12,16 +12,13 @@ from torch import Tensor
 from nablagfn.config import set_option
 from nablagfn.core import kernels
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.log_reward import LogReward
 from nablagfn.core.types import Transitions
-from nablagfn.methods.build import build_kernel
-from nablagfn.methods.objectives.reweighted import PoolSignals, ReweightedRegression, moved_mean
+from nablagfn.methods.objectives.reweighted import PoolSignals, ReweightedRegression
 from nablagfn.training import critic
 from nablagfn.training.critic import ExpectedWeight, Spans
-from nablagfn.training.draws import Shelf
 from nablagfn.training.pool import PoolCollector
 from nablagfn.worlds.policy import WorldPolicy
-from tests.test_pool import PROMPTS, options, trained, trainer, world_table
+from tests.test_pool import collector, options, trained, trainer, transitions, world_table
 from tests.worlds import PromptedWorld, tilt
 
 DIMENSIONS, PATHS = 4, 30_000
@@ -181,7 +178,7 @@ def at_step(
         now[:, step],
         then[:, step],
         noise=(x[:, step + 1] - kernels.mean(x[:, step], u[:, step], k)) / k.std,
-        away=moved_mean(drawn, u[:, step], k),
+        away=kernels.moved_mean(drawn, u[:, step], k),
     )
     where = known.policy.condition(known.policy.world.prompts * len(x))
     steps = torch.full((len(x),), step)
@@ -199,16 +196,7 @@ def looking(config_policy: PromptedWorld, tmp_path: Path, **more: object) -> Poo
         pool__directions=1,
         **more,
     )
-    return PoolCollector(
-        config_policy,
-        build_kernel(config, config_policy),
-        PROMPTS,
-        config,
-        log_reward=LogReward(config_policy, tilt, config.model.reward_scale),
-        gradients=False,
-        looks=config.pool.looks,
-        shelf=Shelf(tmp_path / "pool", 0),
-    )
+    return collector(config, tmp_path, config_policy)
 
 
 def test_a_pool_keeps_the_reward_of_what_is_predicted(tmp_path: Path) -> None:
@@ -289,11 +277,12 @@ def test_own_paths_are_weighed_alike_where_they_are(tmp_path: Path) -> None:
     torch.testing.assert_close(over[own], torch.ones_like(over[own]))
     then = drawn.pooled.judged.then / drawn.pooled.control[:, None]
     assert float(then[own].std()) > 0.01 and float(then.min()) >= 0
-    (chosen,) = made.collector.batches(drawn, 1, 0, made.objective)
-    batch = chosen.transitions(made.objective.prepare(chosen))
+    _, batch = transitions(made, drawn, 1)
     k = made.table.at(batch.step, batch.x)
     assert isinstance(batch.signals, PoolSignals)
-    assert float(moved_mean(batch.output_old, batch.signals.output_ref, k).abs().max()) > 0.01
+    assert (
+        float(kernels.moved_mean(batch.output_old, batch.signals.output_ref, k).abs().max()) > 0.01
+    )
 
 
 def test_a_transition_has_what_is_known_of_its_step(tmp_path: Path) -> None:
@@ -308,8 +297,7 @@ def test_a_transition_has_what_is_known_of_its_step(tmp_path: Path) -> None:
     set_option(config, "model.timestep_fraction", 1.0)
     made = trainer(config)
     drawn = made.collector.collect(0)
-    (chosen,) = made.collector.batches(drawn, 0, 0, made.objective)
-    batch = chosen.transitions(made.objective.prepare(chosen))
+    chosen, batch = transitions(made, drawn, 0)
     signals, known = batch.signals, chosen.paths.pooled and chosen.paths.pooled.judged
     assert isinstance(signals, PoolSignals) and known is not None and known.directions is not None
     row, step = chosen.row, chosen.step

@@ -16,13 +16,12 @@ from nablagfn.core.kernels import KernelTable
 from nablagfn.core.log_reward import LogReward
 from nablagfn.core.lookahead import How, guess, shift_size, shifted
 from nablagfn.core.schedules import Levels
-from nablagfn.core.types import Condition, Policy, Pooled, Trajectories, Transitions
+from nablagfn.core.types import Condition, Policy, Pooled, Selection, Trajectories, Transitions
 from nablagfn.methods.build import build_kernel
 from nablagfn.methods.objectives.reweighted import (
     Guessing,
     PoolSignals,
     ReweightedRegression,
-    moved_mean,
 )
 from nablagfn.methods.registry import check_settings, find_method, source_of
 from nablagfn.prompts import PromptSet
@@ -73,6 +72,14 @@ PROMPTS = PromptSet(("a cat", "a duck", "ants"))
 
 def trainer(config: Config) -> Trainer:
     return Trainer(PromptedWorld(hidden=8), tilt, PROMPTS, config, show_progress=False)
+
+
+def transitions(
+    made: Trainer, drawn: Trajectories, epoch: int = 0
+) -> tuple[Selection, Transitions]:
+    """Those of an epoch's only update."""
+    (chosen,) = made.collector.batches(drawn, epoch, 0, made.objective)
+    return chosen, chosen.transitions(made.objective.prepare(chosen))
 
 
 def collector(
@@ -321,7 +328,7 @@ def test_the_control_takes_off_what_a_policy_of_its_own_has_moved() -> None:
     objective = ReweightedRegression(policy, table, weight="std", fraction=1.0)
     k = table.at(batch.step, batch.x)
     aimed = objective.aimed(moved, known, k)
-    torch.testing.assert_close(aimed, moved_mean(moved.output_old, known.output_ref, k))
+    torch.testing.assert_close(aimed, kernels.moved_mean(moved.output_old, known.output_ref, k))
 
 
 def test_near_the_clean_end_the_guess_is_taken_and_far_from_it_the_regression() -> None:
@@ -414,8 +421,7 @@ def test_the_reference_is_evaluated_where_states_are_new_and_only_there(tmp_path
     """Losses of new states, completed by the objective, are those with everything known."""
     made = trainer(options(tmp_path, model__timestep_fraction=1.0))
     drawn = made.collector.collect(0)
-    (chosen,) = made.collector.batches(drawn, 0, 0, made.objective)
-    batch = chosen.transitions(made.objective.prepare(chosen))
+    _, batch = transitions(made, drawn)
     known = batch.signals
     assert isinstance(known, PoolSignals) and 0 < int(known.known.sum()) < len(batch)
     made.counts.take()
@@ -490,14 +496,13 @@ def test_the_loss_is_the_weighted_regression(tmp_path: Path) -> None:
         for parameter in made.policy.parameters():
             parameter.add_(0.1)
     drawn = made.collector.collect(0)
-    (chosen,) = made.collector.batches(drawn, 0, 0, made.objective)
-    batch = chosen.transitions(made.objective.prepare(chosen))
+    _, batch = transitions(made, drawn)
     known, objective = batch.signals, made.objective
     assert isinstance(known, PoolSignals) and isinstance(objective, ReweightedRegression)
     k = made.table.at(batch.step, batch.x)
     with torch.no_grad():
         output = made.policy.output(batch.x, made.table.time[batch.step], batch.condition)
-        d, t = moved_mean(output, known.output_ref, k), objective.aimed(batch, known, k)
+        d, t = kernels.moved_mean(output, known.output_ref, k), objective.aimed(batch, known, k)
         value = known.weight[:, None] * d.square() - 2 * d * t
         assert float((known.weight - 1).abs().max()) > 0.1
         torch.testing.assert_close(objective.losses(batch).total(), value.mean(1))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nablagfn.commands.assemble import build_trainer
 from nablagfn.core import kernels
-from nablagfn.core.types import Policy
+from nablagfn.core.types import Judged, Policy
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.checkpoint import load_policy
 from nablagfn.training.collect import ignored
@@ -38,18 +38,18 @@ def moved(policy: Policy, made: PoolCollector, draw: Draw, step: int) -> Tensor:
         asked = [made.slots[i] for i in draw.slot[rows].tolist()]
         with torch.no_grad():
             output = policy.output(x, k.here.time, policy.condition(asked, ()))
-        found.append(k.c2 / k.std * (output - draw.output_ref[rows, step]))
+        found.append(kernels.moved_mean(output, draw.output_ref[rows, step], k))
     return torch.cat(found)
 
 
-def estimates(made: PoolCollector, draw: Draw, d: Tensor, step: int) -> dict[str, Tensor]:
-    """Of each path [n], whose mean is asked for."""
-    weight = mean_one(made._log_weight(draw), draw.slot)
-    judged = made._judged([draw])
+def estimates(
+    made: PoolCollector, draw: Draw, weight: Tensor, judged: Judged, d: Tensor, step: int
+) -> dict[str, Tensor]:
+    """Of each path [n], whose mean is asked for; weight: [n] w."""
     now, then = judged.now[:, step], judged.then[:, step]
     x, x_end = draw.x[:, step], draw.x[:, -1]
     k = made.table.at_step(step, x)
-    z = (draw.x[:, step + 1] - kernels.mean(x, draw.output_ref[:, step], k)) / k.std
+    z = kernels.step_noise(x, draw.x[:, step + 1], draw.output_ref[:, step], k)
     bridged = kernels.bridge_noise(x, x_end, draw.output_ref[:, step], k) * made._slope[step]
     basis = made._directions
     along = z if basis is None else kernels.along(z, basis[step])
@@ -74,16 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = RunFolder(given.run)
     trainer = build_trainer(folder.config(), folder)
     made = trainer.collector
-    assert isinstance(made, PoolCollector) and made.looks, "the run has no pool with looks"
+    if not isinstance(made, PoolCollector) or not made.looks:
+        parser.error(f"{given.run} has no pool with looks: give a run with config.pool.looks=6")
     names = sorted(path.name for path in folder.checkpoints.iterdir() if path.is_dir())
     load_policy(trainer.policy, folder.checkpoints / (given.checkpoint or names[-1]))
     (whole,) = made._filled(0, ignored)
     rows = torch.arange(0, len(whole.x), max(1, len(whole.x) // given.paths))
     draw = Draw(**{name: value[rows] for name, value in vars(whole).items()})
+    weight, judged = mean_one(made._log_weight(draw), draw.slot), made._judged([draw])
     total: dict[str, float] = {}
     error: dict[str, float] = {}
     for step in range(made.table.num_steps):
-        found = estimates(made, draw, moved(trainer.policy, made, draw, step), step)
+        d = moved(trainer.policy, made, draw, step)
+        found = estimates(made, draw, weight, judged, d, step)
         if not step:
             print("| step | " + " | ".join(found) + " |\n|---" + "|---" * len(found) + "|")
         for name, value in found.items():

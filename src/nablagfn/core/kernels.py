@@ -268,6 +268,16 @@ def bridge_noise(x: Tensor, x_end: Tensor, output: Tensor, k: Step) -> Tensor:
     return (k.bridge_x * x + k.bridge_end * x_end - mean(x, output, k)) / k.std
 
 
+def moved_mean(output: Tensor, output_ref: Tensor, k: Step) -> Tensor:
+    """(m − m_#)/σ of two outputs at one state, [M, ...]."""
+    return k.c2 / k.std * (output - output_ref)
+
+
+def step_noise(x: Tensor, x_next: Tensor, output: Tensor, k: Step) -> Tensor:
+    """z = (x_{k+1} − m(x_k))/σ, the noise that took the step, [M, ...]."""
+    return (x_next - mean(x, output, k)) / k.std
+
+
 def bridge_slope(x: Tensor, x_next: Tensor, x_end: Tensor, output: Tensor, k: Step) -> float:
     """ρ = E[z·z̄]/E[z̄·z̄] over n paths of the sampler, z = (x_{k+1} − m)/σ.
 
@@ -276,7 +286,7 @@ def bridge_slope(x: Tensor, x_next: Tensor, x_end: Tensor, output: Tensor, k: St
     1)·max(0, 1 − e²/(ρ − 1)²), e the standard error (James & Stein's positive part).
     """
     seen = bridge_noise(x, x_end, output, k)
-    drawn = (x_next - mean(x, output, k)) / k.std
+    drawn = step_noise(x, x_next, output, k)
     both = (drawn * seen).flatten(1).double().sum(1)
     square = seen.flatten(1).double().square().sum(1)
     slope = float(both.mean() / square.mean())
@@ -302,8 +312,8 @@ def log_ratio(x: Tensor, x_next: Tensor, output: Tensor, output_base: Tensor, k:
     = d·z − d²/2 with d = (m − m_base)/σ and z = (x_{k+1} − m_base)/σ: exactly 0 where u is the
     base's, without the difference of two large densities.
     """
-    moved = k.c2 / k.std * (output - output_base)
-    z = (x_next - mean(x, output_base, k)) / k.std
+    moved = moved_mean(output, output_base, k)
+    z = step_noise(x, x_next, output_base, k)
     return moved * (z - moved / 2)
 
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import KernelTable, Step, log_ratio
+from .kernels import KernelTable, Step, log_ratio, moved_mean
 from .types import Policy, Trajectories
 
 
 def step_kl(output: Tensor, output_ref: Tensor, k: Step) -> Tensor:
     """KL(p_θ(·|x_k)‖p_#(·|x_k)) = ½‖(c2/σ)(ε_θ − ε_#)‖² in nats, [M]."""
-    return 0.5 * (k.c2 / k.std * (output - output_ref)).square().flatten(1).sum(1)
+    return 0.5 * moved_mean(output, output_ref, k).square().flatten(1).sum(1)
 
 
 def step_weights(table: KernelTable) -> Tensor:

@@ -55,7 +55,7 @@ def noise_of(paths: Trajectories, table: KernelTable, first: int) -> Tensor:
     for step in range(first, paths.num_steps):
         x = paths.x[:, step]
         k = table.at_step(step, x)
-        drawn.append((paths.x[:, step + 1] - kernels.mean(x, paths.output[:, step], k)) / k.std)
+        drawn.append(kernels.step_noise(x, paths.x[:, step + 1], paths.output[:, step], k))
     return torch.stack(drawn, 1)
 
 

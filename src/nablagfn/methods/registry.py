@@ -193,11 +193,6 @@ def source_of(config: Config) -> str:
     return find_method(config.experiment.method).sources[0] if chosen == "auto" else chosen
 
 
-def weighs_paths(config: Config) -> bool:
-    """Whether the method learns from the weights of a pool's paths, and so has a use for looks."""
-    return "paths" not in find_method(config.experiment.method).sources
-
-
 def check_source(config: Config, method: Method) -> None:
     """Raises ConfigError for a source that the method cannot have, and for settings that do not go
     with a pool."""
@@ -207,7 +202,7 @@ def check_source(config: Config, method: Method) -> None:
             f"config.training.source={source} does not go with {KEY}={method.name}: set "
             f"config.training.source={' or '.join(method.sources)}"
         )
-    if s.looks and not weighs_paths(config):
+    if s.looks and "paths" in method.sources:  # it does not learn from weights
         raise ConfigError(
             f"config.pool.looks={s.looks} has no use in {KEY}={method.name}, which learns from no "
             "weights of paths: set config.pool.looks=0"

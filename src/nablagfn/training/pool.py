@@ -34,7 +34,7 @@ from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
 from ..core.types import Judged, Objective, Policy, Pooled, Trajectories, beside
 from ..methods.parts import Parts
-from ..methods.registry import source_of, weighs_paths
+from ..methods.registry import source_of
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
 from . import critic
@@ -96,8 +96,7 @@ class PoolCollector(Collector):
     """Takes each epoch's paths from the pool of this process, which it fills when needed.
 
     log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
-    gradients: whether ∇r(x_N) is wanted. looks: at states of a path. shelf: keeps the pool
-    (RUN/pool).
+    gradients: whether ∇r(x_N) is wanted. shelf: keeps the pool (RUN/pool).
     """
 
     def __init__(
@@ -109,13 +108,13 @@ class PoolCollector(Collector):
         *,
         log_reward: LogReward,
         gradients: bool,
-        looks: int = 0,
         shelf: Shelf,
         world: int = 1,
     ) -> None:
         super().__init__(policy, table, prompts, config, rank=shelf.rank, world=world)
         self.log_reward = log_reward
         self.gradients = gradients
+        looks = config.pool.looks
         self.looks = critic.looks_at(table.schedule.alpha_bar, looks)
         if looks and not self.looks:
             raise ConfigError(
@@ -123,7 +122,9 @@ class PoolCollector(Collector):
                 f"{critic.SEEN[0]} to {critic.SEEN[1]} of signal: set it to 0, or "
                 f"config.sampling.num_steps higher"
             )
-        self.spans = critic.Spans.of(self.looks, table.num_steps, config.pool.ahead)
+        self.spans, self.to_the_end = (
+            critic.Spans.of(self.looks, table.num_steps, ahead) for ahead in (config.pool.ahead, 0)
+        )
         self.shelf = shelf
         self.slots = self._slots()
         self._base: Draw | None = None
@@ -193,7 +194,7 @@ class PoolCollector(Collector):
             found.append(
                 [
                     critic.judged(value, draw.log_ratio, spans, draw is not base)
-                    for spans in (self.spans, critic.Spans.of(self.looks, self.table.num_steps, 0))
+                    for spans in (self.spans, self.to_the_end)
                 ]
             )
         near, far = zip(*found, strict=True)
@@ -253,9 +254,9 @@ class PoolCollector(Collector):
             return [self._base]
         last = epoch - epoch % s.refresh
         wanted = range(last, 0, -s.refresh)[: s.keep_draws]  # none at the start: nothing learned
-        self._forget(epoch)
         for at in reversed(wanted):
             if at not in self._own:
+                self._forget(epoch)
                 self._own[at] = self._drawn(at, between)
         self._own = {at: self._own[at] for at in wanted}
         return [self._base, *self._own.values()]
@@ -341,9 +342,9 @@ class PoolCollector(Collector):
             output_ref, log_ratio = found.output_ref.cpu(), found.log_ratio.double().cpu()
         reward, gradient = self._rewards(paths)
         seen = self._seen(paths, output_ref)
-        for name, value in (("reward", reward), ("reward of a prediction", seen)):
+        found_of = {"reward": reward, "reward of a prediction": seen, "reward's gradient": gradient}
+        for name, value in found_of.items():
             require_finite(float(value.sum()), f"the {name}", "check the reward function")
-        require_finite(float(gradient.sum()), "the reward's gradient", "check the reward function")
         return Draw(paths.x.cpu(), output, output_ref, slot, reward, seen, log_ratio, gradient)
 
     def _seen(self, paths: Trajectories, output_ref: Tensor) -> Tensor:
@@ -390,7 +391,6 @@ def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int
         parts.config,
         log_reward=parts.log_reward,
         gradients=objective.uses_reward_gradient,
-        looks=parts.config.pool.looks if weighs_paths(parts.config) else 0,
         shelf=shelf,
         world=world,
     )

@@ -16,7 +16,7 @@ from ...config import Config
 from ...core.counting import Counts, counted
 from ...methods.build import build_kernel, build_objective
 from ...methods.parts import Parts as MethodParts
-from ...methods.registry import source_of, weighs_paths
+from ...methods.registry import source_of
 from ...prompts import PromptSet
 from ...rewards import NamedReward
 from ...training.draws import Shelf
@@ -96,8 +96,7 @@ class Filling:
         used = taken * t.num_epochs * t.num_inner_epochs
         own = (t.num_epochs - 1) // s.refresh * s.size * s.own_share
         drawn = (s.size + own) / used
-        looks = s.looks if weighs_paths(config) else 0
-        return Filling(steps * (s.size + 2 * own) / used, drawn * (1 + looks), drawn)
+        return Filling(steps * (s.size + 2 * own) / used, drawn * (1 + s.looks), drawn)
 
 
 class _Seen:

@@ -145,8 +145,8 @@ class ReweightedRegression(Objective):
             rows = beside(chosen.row[of_it], paths.x)
             x, ref = paths.x[rows, number], pooled.output_ref[rows, number]
             k = self.table.at_step(number, x)
-            found = (paths.x[rows, number + 1] - kernels.mean(x, ref, k)) / k.std
-            moved = moved_mean(paths.output[rows, number], ref, k)
+            found = kernels.step_noise(x, paths.x[rows, number + 1], ref, k)
+            moved = kernels.moved_mean(paths.output[rows, number], ref, k)
             if directions is not None:
                 found, moved = (kernels.along(v, directions[number]) for v in (found, moved))
             here = beside(of_it, noise)
@@ -161,7 +161,7 @@ class ReweightedRegression(Objective):
         aimed = self.aimed(batch, known, k)
         with torch.enable_grad():
             output = self.policy.output(batch.x, k.here.time, batch.condition)
-        moved = moved_mean(output, known.output_ref, k)
+        moved = kernels.moved_mean(output, known.output_ref, k)
         relative = step_weight(k, self.weight) / k.std
         w = known.weight.reshape(k.std.shape)
         value = relative.square() * (w * moved.square() - 2 * moved * aimed)
@@ -212,7 +212,7 @@ class ReweightedRegression(Objective):
             return known.noise, known.away
         seen = kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
         slope = known.slope.to(seen.dtype).reshape(k.std.shape)
-        return slope * seen, moved_mean(batch.output_old, known.output_ref, k)
+        return slope * seen, kernels.moved_mean(batch.output_old, known.output_ref, k)
 
     def guessed(self, batch: Transitions, known: PoolSignals, k: Step, how: Guessing) -> Tensor:
         """d̂, [M, ...], without a graph; 0 where a = 0."""
@@ -230,11 +230,6 @@ class ReweightedRegression(Objective):
         a, s = k.here.end_scale, k.here.end_std
         whole = torch.where(a > 0, s.square() / a.clamp(min=LEAST), 0.0)
         return k.bridge_end / k.std * whole * found
-
-
-def moved_mean(output: Tensor, output_ref: Tensor, k: Step) -> Tensor:
-    """(m − m_#)/σ of the step's kernel, [M, ...]."""
-    return k.c2 / k.std * (output - output_ref)
 
 
 def build_pool(p: Parts) -> Objective:
