@@ -40,7 +40,7 @@ from nablagfn.metrics.intervals import Interval
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.checkpoint import load_policy
 from nablagfn.worlds.measure import distances
-from nablagfn.worlds.mixture import Mixture
+from nablagfn.worlds.mixture import Mixture, Quadratic
 from nablagfn.worlds.policy import WorldPolicy
 from nablagfn.worlds.target import Target, gaussian_chain
 from nablagfn.worlds.world import World
@@ -316,19 +316,21 @@ def known_target(world: World, table: KernelTable, prompt: str) -> Target:
 def known_log_z(world: World, table: KernelTable, prompt: str) -> Truth:
     """log E[exp(βr)] under the pretrained sampler: in closed form for one Gaussian, else from a
     million of its samples."""
-    if len(world.mixture) == 1:
-        return Truth(gaussian_log_z(world, gaussian_chain(world.mixture, table)), 0.0)
+    closed = world.closed_form
+    if closed is not None and len(closed.mixture) == 1:
+        chain = gaussian_chain(closed.mixture, table)
+        return Truth(gaussian_log_z(chain, closed.reward, world.beta), 0.0)
     target = known_target(world, table, prompt)
     weights = (world.beta * target.rewards).exp()
     error = float(weights.std() / weights.mean()) / len(weights) ** 0.5
     return Truth(float(weights.mean().log()), error)
 
 
-def gaussian_log_z(world: World, chain: Mixture) -> float:
+def gaussian_log_z(chain: Mixture, reward: Quadratic, beta: float) -> float:
     """½[μ'ᵀΛμ' − mᵀ(m/v) − log det Λ − Σ log v], Λ = diag(1/v) + βA, Λμ' = m/v + βb."""
     mean, variances = chain.means[0], chain.variances
-    precision = (1 / variances).diag() + world.beta * world.reward.A[0]
-    pull = mean / variances + world.beta * world.reward.b[0]
+    precision = (1 / variances).diag() + beta * reward.A[0]
+    pull = mean / variances + beta * reward.b[0]
     moved = torch.linalg.solve(precision, pull)
     tilted = moved @ pull - mean @ (mean / variances)
     return float(tilted - torch.logdet(precision) - variances.log().sum()) / 2

@@ -1,4 +1,4 @@
-"""Gaussian mixtures with their exact posterior, quadratic rewards, and the tilted mixture.
+"""Gaussian mixtures of one shape with their exact posterior, quadratic rewards, their tilt.
 
 K components, d dimensions, P prompts, M rows.
 """
@@ -22,6 +22,19 @@ class Posterior:
     eps: Tensor
 
 
+def require_shape(what: str, value: Tensor, *shape: int) -> None:
+    """Raises ValueError, one line that names `what`, unless the tensor has that shape."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{what} must have the shape {shape}, not {tuple(value.shape)}")
+
+
+def require_weights(weights: Tensor, count: int) -> None:
+    """Raises ValueError unless there are `count` weights [K], positive and with the sum 1."""
+    require_shape("weights", weights, count)
+    if not (bool((weights > 0).all()) and abs(float(weights.sum()) - 1) < 1e-9):
+        raise ValueError("the weights must be positive and sum to 1")
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """p(x) = Σ_k w_k N(x; μ_k, diag(v)); all components share the variances v. K = 1: a Gaussian.
@@ -40,6 +53,14 @@ class Mixture:
     def __len__(self) -> int:
         """K, the number of components."""
         return len(self.weights)
+
+    def check(self) -> None:
+        """Raises ValueError, one line, when shapes or values do not fit."""
+        count, dim = self.means.shape
+        require_weights(self.weights, count)
+        require_shape("variances", self.variances, dim)
+        if not bool((self.variances > 0).all()):
+            raise ValueError("the variances must be positive")
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Mixture:
         return Mixture(
@@ -116,6 +137,13 @@ class Quadratic:
         """r(x, p) = b_pᵀx; b [P, d]."""
         return Quadratic(b, b.new_zeros(*b.shape, b.shape[1]))
 
+    def check(self, prompts: int, dim: int) -> None:
+        """Raises ValueError, one line, unless it is a reward of so many prompts and dimensions."""
+        require_shape("reward.b", self.b, prompts, dim)
+        require_shape("reward.A", self.A, prompts, dim, dim)
+        if not torch.equal(self.A, self.A.mT):
+            raise ValueError("reward.A must be symmetric")
+
     def __call__(self, x: Tensor, prompt: Tensor) -> Tensor:
         """x [M, d], prompt [M] integers in 0..P-1 -> [M], in the dtype of x; differentiable."""
         b, A = self.b.to(x.device, x.dtype)[prompt], self.A.to(x.device, x.dtype)[prompt]
@@ -151,6 +179,17 @@ class Tilted:
         return self.means[k] + z @ torch.linalg.cholesky(self.covariance).T
 
 
+def require_finite(precisions: Tensor, beta: float) -> Tensor:
+    """The Cholesky factors of the precisions [..., d, d] of a density tilted at β.
+
+    Raises ValueError when one is not positive definite: the density has no finite integral.
+    """
+    factor, failed = torch.linalg.cholesky_ex(precisions)
+    if bool(failed.any()):
+        raise ValueError(f"p·exp(βr) has no finite integral at β = {beta}: lower β")
+    return factor
+
+
 def tilted(mixture: Mixture, reward: Quadratic, prompt: int, beta: float) -> Tilted:
     """p(x)·exp(β·r(x, prompt))/Z in closed form, by completing the square in each component.
 
@@ -159,9 +198,7 @@ def tilted(mixture: Mixture, reward: Quadratic, prompt: int, beta: float) -> Til
     """
     b, A = reward.b[prompt].to(mixture.means), reward.A[prompt].to(mixture.means)
     precision = (1 / mixture.variances).diag() + beta * A
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    if failed:
-        raise ValueError(f"p·exp(βr) has no finite integral at β = {beta}: lower β")
+    factor = require_finite(precision, beta)
     covariance = torch.cholesky_inverse(factor)
     pull = mixture.means / mixture.variances + beta * b
     means = pull @ covariance

@@ -16,7 +16,8 @@ from ..core import rng
 from ..core.grids import by_angle
 from ..core.schedules import AngleNoising, Levels, Noising, output_of
 from ..core.types import Condition, Metadata
-from .mixture import Mixture, Posterior
+from .mixture import Posterior
+from .protocols import Density
 from .world import World
 
 HIDDEN = 128
@@ -93,7 +94,7 @@ class WorldPolicy:
         self._from_noise = float(world.noising.levels(ends).alpha) == 0
         self.adapter = self._field(rng.seed_of(seed, "adapter"), hint=world.dim)
         self.adapter_on = True
-        self._exact: dict[torch.dtype, Mixture] = {}
+        self._exact: dict[torch.dtype, Density] = {}
         self.to(device)
 
     def _field(self, seed: int, hint: int = 0) -> PlaneFlow:
@@ -110,7 +111,7 @@ class WorldPolicy:
     def device(self) -> torch.device:
         return self._device
 
-    def _mixture(self, dtype: torch.dtype) -> Mixture:
+    def _mixture(self, dtype: torch.dtype) -> Density:
         """The mixture on the device in `dtype`, moved once."""
         if dtype not in self._exact:
             self._exact[dtype] = self.world.mixture.to(self.device, dtype)

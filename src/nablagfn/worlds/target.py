@@ -88,7 +88,7 @@ class Target:
     """p_#·exp(β·r(·, prompt)) as weighted samples.
 
     base: [S, d] draws of p_#. weights: [S] float64, self-normalised, ∝ exp(βr).
-    gaussian: exact mean [d] and covariance [d, d] for K = 1, else None.
+    gaussian: exact mean [d] and covariance [d, d] for K = 1 and a quadratic reward, else None.
     """
 
     world: World
@@ -122,10 +122,10 @@ class Target:
         row = int(world.rows([prompt])[0])
         base = base_samples(world, table, count, device)
         rewards = world.reward(base.double(), torch.full((len(base),), row))
-        gaussian = None
-        if len(world.mixture) == 1:
-            chain = gaussian_chain(world.mixture, table)
-            gaussian = tilted(chain, world.reward, row, world.beta).moments()
+        gaussian, closed = None, world.closed_form
+        if closed is not None and len(closed.mixture) == 1:
+            chain = gaussian_chain(closed.mixture, table)
+            gaussian = tilted(chain, closed.reward, row, world.beta).moments()
         weights = (world.beta * rewards).softmax(0)
         return Target(world, prompt, base, weights, rewards, gaussian)
 
@@ -145,7 +145,7 @@ class Target:
 
     @cached_property
     def masses(self) -> Tensor:
-        """Mass of each mode, [K] float64: the share of samples whose nearest mean it is."""
+        """Mass of each mode, [K] float64: the share of samples that `mode_of` counts to it."""
         mixture = self.world.mixture
         return mode_masses(mixture.mode_of(self.base), len(mixture), self.weights)
 

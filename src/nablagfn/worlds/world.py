@@ -11,12 +11,22 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..core.schedules import AngleNoising, LinearNoising, Noising, Prediction
-from .mixture import Mixture, Quadratic, tilted
+from .mixture import Mixture, Quadratic, require_finite, require_shape, tilted
+from .protocols import Density, PointReward
+from .shaped import ShapedMixture
 
 CLEAN_ANGLE = 0.029  # noise angle arctan(σ/α) of the clean end; Stable Diffusion has the same
 NOISY_GAP = 0.02  # the noisiest angle is π/2 less this: x_0 and x_N are nearly independent
 COSINE = AngleNoising(last=999, first_angle=CLEAN_ANGLE, gap=NOISY_GAP)
 FLOW = LinearNoising(cleanest=math.tan(CLEAN_ANGLE) / (1 + math.tan(CLEAN_ANGLE)))
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedForm:
+    """The parts of a world whose tilted density is known in closed form: `mixture.tilted`."""
+
+    mixture: Mixture
+    reward: Quadratic
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +39,8 @@ class World:
     """
 
     title: str
-    mixture: Mixture
-    reward: Quadratic
+    mixture: Density
+    reward: PointReward
     beta: float
     prompts: tuple[str, ...]
     noising: Noising = COSINE
@@ -38,29 +48,38 @@ class World:
     name: str = ""
 
     def __post_init__(self) -> None:
-        count, dim = self.mixture.means.shape
-        shapes = {
-            "weights": (self.mixture.weights, (count,)),
-            "variances": (self.mixture.variances, (dim,)),
-            "reward.b": (self.reward.b, (len(self.prompts), dim)),
-            "reward.A": (self.reward.A, (len(self.prompts), dim, dim)),
-        }
-        for what, (value, shape) in shapes.items():
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{what} must have the shape {shape}, not {tuple(value.shape)}")
-        weights, A = self.mixture.weights, self.reward.A
-        if not (bool((weights > 0).all()) and abs(float(weights.sum()) - 1) < 1e-9):
-            raise ValueError("the weights must be positive and sum to 1")
-        if not bool((self.mixture.variances > 0).all()):
-            raise ValueError("the variances must be positive")
-        if not torch.equal(A, A.mT):
-            raise ValueError("reward.A must be symmetric")
+        self.mixture.check()
+        self.reward.check(len(self.prompts), self.mixture.dim)
         if len(set(self.prompts)) < len(self.prompts) or not self.prompts:
             raise ValueError("the prompts must be distinct, and at least one")
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
+        self._check_reward()
+        self._check_tilt()
+
+    def _check_reward(self) -> None:
+        """Raises ValueError unless the reward has a value and a gradient at the first mean."""
+        prompt = torch.arange(len(self.prompts))
+        x = self.mixture.means[:1].expand(len(prompt), -1)
+        require_shape("the values of the reward", self.reward(x, prompt), len(prompt))
+        require_shape("reward.gradient", self.reward.gradient(x, prompt), *x.shape)
+
+    def _check_tilt(self) -> None:
+        """Raises ValueError when the tilted density has no finite integral, where that is known."""
+        closed = self.closed_form
         for prompt in range(len(self.prompts)):
-            tilted(self.mixture, self.reward, prompt, self.beta)  # raises if not normalisable
+            if closed is not None:
+                tilted(closed.mixture, closed.reward, prompt, self.beta)
+            elif isinstance(self.reward, Quadratic) and isinstance(self.mixture, ShapedMixture):
+                precisions = self.mixture.covariances.inverse()
+                require_finite(precisions + self.beta * self.reward.A[prompt], self.beta)
+
+    @property
+    def closed_form(self) -> ClosedForm | None:
+        """A mixture of one shape and a quadratic reward; None for every other world."""
+        if isinstance(self.mixture, Mixture) and isinstance(self.reward, Quadratic):
+            return ClosedForm(self.mixture, self.reward)
+        return None
 
     def called(self, name: str) -> World:
         """The same world with its name."""
