@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ from nablagfn.worlds.measure import distances, floors, measure, of_prompt
 from nablagfn.worlds.mixture import Mixture, Quadratic, Tilted, tilted
 from nablagfn.worlds.plot import plane
 from nablagfn.worlds.policy import PROMPT, PlaneFlow, WorldPolicy, WorldReward
+from nablagfn.worlds.protocols import PointReward
+from nablagfn.worlds.rewards import Peaks, Saturating
+from nablagfn.worlds.shaped import ShapedMixture
 from nablagfn.worlds.target import Target, base_samples, gaussian_chain
 from nablagfn.worlds.view import WorldView
 from nablagfn.worlds.world import CLEAN_ANGLE, World
@@ -40,7 +44,11 @@ STEPS = 32
 COUNT = 20_000
 KERNELS = {"ddpm": 1.0, "ddim-half": 0.5}  # η
 
+CLOSED = [name for name in worlds.names() if worlds.load(name).closed_form]
+IN_THE_PLANE = [name for name in worlds.names() if worlds.load(name).dim == 2]
+
 every_world = pytest.mark.parametrize("name", worlds.names())
+every_closed_world = pytest.mark.parametrize("name", CLOSED)  # whose target `tilted` knows
 
 
 def table_of(world: World, steps: int = STEPS, kernel: str = "ddpm") -> KernelTable:
@@ -139,6 +147,112 @@ def test_mode_of_is_the_nearest_mean() -> None:
     assert mixture.mode_of(mixture.means.float().flip(0)).tolist() == [2, 1, 0]
 
 
+# -------------------------------------------------------------------------------- shapes
+
+
+def crooked() -> ShapedMixture:
+    """Three modes in 3-D with full covariances, nothing equal to anything."""
+    half = torch.randn(3, 3, 3, generator=generator(20), dtype=torch.float64)
+    covariances = 0.3 * half @ half.mT + 0.02 * torch.eye(3, dtype=torch.float64)
+    same = lopsided()
+    return ShapedMixture.of(same.means, same.weights, (covariances + covariances.mT) / 2)
+
+
+@pytest.mark.parametrize("alpha_bar", [0.999, 0.6, 0.01])
+def test_eps_of_shapes_is_the_gradient_of_the_log_density(alpha_bar: float) -> None:
+    mixture = crooked()
+    x = torch.randn(50, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
+    levels = vp(alpha_bar, 50)
+    density = mixture.log_density(x, levels)
+    noised = alpha_bar * mixture.covariances + (1 - alpha_bar) * torch.eye(3, dtype=torch.float64)
+    by_torch = MultivariateNormal(math.sqrt(alpha_bar) * mixture.means, noised)
+    parts = by_torch.log_prob(x[:, None]) + mixture.weights.log()
+    torch.testing.assert_close(density, parts.logsumexp(1), rtol=1e-9, atol=1e-9)
+    (score,) = torch.autograd.grad(density.sum(), x)
+    found = mixture.posterior(x, levels)
+    torch.testing.assert_close(found.eps, -levels.sigma * score, rtol=1e-9, atol=1e-9)
+    back = levels.alpha * found.x_clean + levels.sigma * found.eps
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_in_float32_are_as_good_as_float32_can_be() -> None:
+    mixture = worlds.load("shapes-2d").mixture
+    for alpha_bar in (0.999, 0.5, 0.0004):
+        levels = vp(alpha_bar, 500)
+        noised = mixture.noised(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+        x = noised.sample(500, generator())
+        narrow = Levels(levels.alpha.float(), levels.sigma.float())
+        small = mixture.to("cpu", torch.float32).posterior(x.float(), narrow)
+        wide = mixture.posterior(x, levels)
+        for one, other in ((small.eps, wide.eps), (small.x_clean, wide.x_clean)):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-4)
+
+
+def test_components_of_one_shape_are_a_mixture() -> None:
+    plain = lopsided()
+    shaped = ShapedMixture.of(plain.means, plain.weights, plain.variances.diag().expand(3, 3, 3))
+    x, levels = torch.randn(30, 3, generator=generator(), dtype=torch.float64), vp(0.4, 30)
+    assert len(shaped) == len(plain) == shaped.dim == 3
+    torch.testing.assert_close(shaped.log_density(x, levels), plain.log_density(x, levels))
+    one, other = shaped.posterior(x, levels), plain.posterior(x, levels)
+    torch.testing.assert_close(one.eps, other.eps)
+    torch.testing.assert_close(one.x_clean, other.x_clean)
+    for found, known in zip(shaped.moments(), plain.moments(), strict=True):
+        torch.testing.assert_close(found, known)
+
+
+def test_noised_shapes_are_the_same_density_and_samples_have_its_moments() -> None:
+    mixture, alpha_bar = crooked(), 0.3
+    noised = mixture.noised(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+    x = noised.sample(40_000, generator(1))
+    here, clean = vp(alpha_bar, len(x)), vp(1.0, len(x))
+    torch.testing.assert_close(mixture.log_density(x, here), noised.log_density(x, clean))
+    mean, covariance = noised.moments()
+    error = 5 * covariance.diagonal().sqrt() / math.sqrt(len(x))
+    assert bool(((x.mean(0) - mean).abs() < error).all())
+    # the variance of a product of two such coordinates is at most 3 here
+    assert float((x.T.cov() - covariance).abs().max()) < 5 * math.sqrt(3 / len(x))
+
+
+def test_the_mode_of_shapes_is_the_most_probable_one() -> None:
+    """A point at the tip of a long mode, nearer to the mean of a small round one."""
+    long, small = torch.tensor([4.0, 0.01]).diag(), 0.01 * torch.eye(2)
+    mixture = ShapedMixture.of(
+        torch.tensor([[0.0, 0.0], [2.0, 0.6]]).double(),
+        torch.tensor([0.5, 0.5]).double(),
+        torch.stack([long, small]).double(),
+    )
+    x = torch.tensor([[2.0, 0.05], [2.0, 0.5], [-2.0, 0.0]])
+    assert torch.cdist(x.double(), mixture.means).argmin(1).tolist() == [1, 1, 0]
+    assert mixture.mode_of(x).tolist() == mixture.mode_of(x.double()).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"weights": [0.5, 0.4, 0.3]}, "sum to 1"),
+        ({"weights": [0.5, 0.5]}, r"weights must have the shape \(3,\), not \(2,\)"),
+        ({"variances": [[1.0, 1, 1], [1, 0, 1], [1, 1, 1]]}, "positive definite"),
+        ({"variances": [0.1]}, r"variances must have the shape \(3, 3\)"),
+        ({"axes": [[1.0, 0], [0, 1]]}, r"axes must have the shape \(3, 3, 3\)"),
+        ({"axes": torch.full((3, 3, 3), 0.5).tolist()}, "orthonormal"),
+    ],
+)
+def test_shapes_check_themselves(change: dict[str, list[object]], match: str) -> None:
+    changed = {key: torch.tensor(value, dtype=torch.float64) for key, value in change.items()}
+    with pytest.raises(ValueError, match=match):
+        replace(crooked(), **changed).check()
+
+
+def test_covariances_are_checked_before_they_are_decomposed() -> None:
+    good = crooked()
+    with pytest.raises(ValueError, match=r"covariances must have the shape \(3, 3, 3\)"):
+        ShapedMixture.of(good.means, good.weights, good.covariances[:2])
+    with pytest.raises(ValueError, match="symmetric"):
+        ShapedMixture.of(good.means, good.weights, good.covariances.triu())
+
+
 # -------------------------------------------------------------------------------- tilting
 
 
@@ -151,9 +265,10 @@ def check_tilt(mixture: Mixture, reward: Quadratic, prompt: int, beta: float) ->
     assert float(log_z.max() - log_z.min()) < 1e-8
 
 
-@every_world
+@every_closed_world
 def test_tilted_is_p_times_exp_beta_r(name: str) -> None:
     world = worlds.load(name)
+    assert isinstance(world.mixture, Mixture) and isinstance(world.reward, Quadratic)
     for prompt in range(len(world.prompts)):
         check_tilt(world.mixture, world.reward, prompt, world.beta)
 
@@ -166,7 +281,7 @@ def test_tilted_where_no_two_modes_are_alike() -> None:
         check_tilt(lopsided(), reward, prompt, beta)
 
 
-@every_world
+@every_closed_world
 def test_tilted_agrees_with_importance_weights_of_exact_samples(name: str) -> None:
     world = worlds.load(name)
     x = world.mixture.sample(COUNT, generator(2))
@@ -199,15 +314,42 @@ def test_a_tilt_without_finite_integral_is_refused() -> None:
 @every_world
 def test_the_gradient_of_the_reward(name: str) -> None:
     world = worlds.load(name)
-    prompt = torch.arange(40) % len(world.prompts)
-    x = torch.randn(40, world.dim, generator=generator(), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(world.reward(x, prompt).sum(), x)
+    check_gradient(world.reward, len(world.prompts), world.dim)
+
+
+def check_gradient(reward: PointReward, prompts: int, dim: int) -> None:
+    """The gradient is autograd's and the value of row 7 that of its prompt by hand."""
+    prompt = torch.arange(40) % prompts
+    x = torch.randn(40, dim, generator=generator(), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(reward(x, prompt).sum(), x)
     x = x.detach()
-    torch.testing.assert_close(gradient, world.reward.gradient(x, prompt))
-    i = 7
-    b, A = world.reward.b[prompt[i]], world.reward.A[prompt[i]]
-    by_hand = float(b @ x[i] - x[i] @ A @ x[i] / 2)
-    assert float(world.reward(x, prompt)[i]) == pytest.approx(by_hand, abs=1e-12)
+    torch.testing.assert_close(gradient, reward.gradient(x, prompt))
+    found, known = float(reward(x, prompt)[7]), by_hand(reward, x[7], int(prompt[7]))
+    assert found == pytest.approx(known, abs=1e-12)
+    narrow = reward.gradient(x.float(), prompt)
+    assert narrow.dtype == reward(x.float(), prompt).dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), gradient, rtol=1e-4, atol=1e-4)
+
+
+def by_hand(reward: PointReward, x: Tensor, p: int) -> float:
+    """r(x, p) of one point x [d], one number after the other."""
+    if isinstance(reward, Quadratic):
+        return float(reward.b[p] @ x - x @ reward.A[p] @ x / 2)
+    if isinstance(reward, Saturating):
+        return math.tanh(float(reward.b[p] @ x) - float(reward.c[p]))
+    assert isinstance(reward, Peaks)
+    peaks = zip(reward.centres[p], reward.heights[p], reward.widths[p], strict=True)
+    return math.log(
+        sum(float(h) * math.exp(-float((x - c).square().sum() / (2 * s * s))) for c, h, s in peaks)
+    )
+
+
+def test_the_gradient_of_rewards_with_several_prompts() -> None:
+    """No packaged world has these with more than one prompt."""
+    r = partial(torch.rand, generator=generator(3), dtype=torch.float64)
+    check_gradient(Saturating(2 * r(3, 4) - 1, r(3)), 3, 4)
+    check_gradient(Peaks(2 * r(3, 5, 4) - 1, r(3, 5) + 0.1, r(3, 5) + 0.5), 3, 4)
+    check_gradient(Quadratic(r(3, 4), torch.eye(4).double().expand(3, 4, 4)), 3, 4)
 
 
 # -------------------------------------------------------------------------------- the target
@@ -247,20 +389,84 @@ def test_the_sampler_converges_to_the_pretrained_density() -> None:
 
 
 @every_world
-def test_the_target_is_near_the_closed_form(name: str) -> None:
+def test_the_target_is_near_that_of_the_density(name: str) -> None:
     """E[r] differs by the discretisation error of 32 steps (0.11 in the 4-D Gaussian, below 0.07
-    elsewhere) and the sampling error of 20,000 weighted draws (below 0.02)."""
+    elsewhere) and the sampling error of 20,000 weighted draws (below 0.02).
+
+    The far mode is drawn in 1.6 % of the samples of 32 steps instead of 2 %, so that E[r] is 0.27
+    too low and the mode's mass 0.05; 80 steps leave a third of it, 320 steps 0.013 of E[r].
+    """
+    off, off_mass = (0.4, 0.08) if name == "far-mode" else (0.13, 0.05)
     world = worlds.load(name)
-    end = world.mixture.noised(math.cos(CLEAN_ANGLE), math.sin(CLEAN_ANGLE))
     for prompt in range(len(world.prompts)):
         target = target_of(world, prompt)
-        known = tilted(end, world.reward, prompt, world.beta)
-        x = known.sample(COUNT, generator(4))
-        exact = float(world.reward(x, torch.full((COUNT,), prompt)).mean())
-        assert target.reward == pytest.approx(exact, abs=0.13)
+        x, weights = tilted_draws(world, prompt)
+        exact = float(weights @ world.reward(x, torch.full((len(x),), prompt)))
+        assert target.reward == pytest.approx(exact, abs=off)
         assert float(target.masses.sum()) == pytest.approx(1)
-        masses = measures.mode_masses(world.mixture.mode_of(x), len(world.mixture))
-        assert float((target.masses - masses).abs().max()) < 0.05
+        masses = measures.mode_masses(world.mixture.mode_of(x), len(world.mixture), weights)
+        assert float((target.masses - masses).abs().max()) < off_mass
+
+
+def tilted_draws(world: World, prompt: int) -> tuple[Tensor, Tensor]:
+    """Draws of the tilted density at the clean end, and their weights, which are equal where it
+    is known in closed form."""
+    alpha, sigma = math.cos(CLEAN_ANGLE), math.sin(CLEAN_ANGLE)
+    closed = world.closed_form
+    if closed is not None:
+        known = tilted(closed.mixture.noised(alpha, sigma), closed.reward, prompt, world.beta)
+        return known.sample(COUNT, generator(4)), torch.full((COUNT,), 1 / COUNT).double()
+    x = world.mixture.noised(alpha, sigma).sample(COUNT, generator(4))
+    return x, (world.beta * world.reward(x, torch.full((COUNT,), prompt))).softmax(0)
+
+
+@pytest.mark.parametrize("name", IN_THE_PLANE)
+def test_quadrature_agrees_with_importance_weights_of_exact_samples(name: str) -> None:
+    """p·exp(βr) summed over a grid: its modes' masses, E[r] and log Z, by no formula of a tilt."""
+    world = worlds.load(name)
+    side = torch.linspace(-6, 6, 401, dtype=torch.float64)
+    grid, first = torch.cartesian_prod(side, side), torch.zeros(401**2, dtype=torch.long)
+    rewards = world.reward(grid, first)
+    density = world.mixture.log_density(grid, vp(1.0, len(grid))) + world.beta * rewards
+    log_z = float(density.logsumexp(0)) + 2 * math.log(float(side[1] - side[0]))
+    share = density.softmax(0)
+    count = len(world.mixture)
+    masses = measures.mode_masses(world.mixture.mode_of(grid), count, share)
+
+    x = world.mixture.sample(COUNT, generator(12))
+    found = world.reward(x, first[:COUNT])
+    weights = (world.beta * found).softmax(0)
+    mean = float((world.beta * found).exp().mean())
+    spread = float((world.beta * found).exp().std()) / mean / math.sqrt(COUNT)
+    assert math.log(mean) == pytest.approx(log_z, abs=5 * spread)
+    error = float((weights.square() * (found - weights @ found).square()).sum().sqrt())
+    assert float(weights @ found) == pytest.approx(float(share @ rewards), abs=5 * error)
+    modes = world.mixture.mode_of(x)
+    off = (measures.mode_masses(modes, count, weights) - masses).abs()
+    for k in range(count):
+        deviation = (modes == k).double() - masses[k]
+        assert float(off[k]) < 5 * float((weights * deviation).square().sum().sqrt()) + 1e-4
+
+
+def test_the_tilt_of_shapes_by_hand() -> None:
+    """A linear reward multiplies component k by exp(βbᵀμ_k + ½β²bᵀC_k b): log Z of the grid."""
+    world = worlds.load("shapes-2d")
+    mixture, reward = world.mixture, world.reward
+    assert isinstance(mixture, ShapedMixture) and isinstance(reward, Quadratic)
+    b = world.beta * reward.b[0]
+    gain = mixture.means @ b + torch.einsum("i,kij,j->k", b, mixture.covariances, b) / 2
+    exact = float((mixture.weights.log() + gain).logsumexp(0))
+    side = torch.linspace(-6, 6, 401, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    density = mixture.log_density(grid, vp(1.0, len(grid))) + grid @ b
+    log_z = float(density.logsumexp(0)) + 2 * math.log(float(side[1] - side[0]))
+    assert log_z == pytest.approx(exact, abs=1e-6)
+
+
+def test_the_far_mode_is_rare_before_and_common_after() -> None:
+    target = target_of(worlds.load("far-mode"))
+    before = measures.mode_masses(target.world.mixture.mode_of(target.base), 4)
+    assert float(before[3]) < 0.03 and 0.25 < float(target.masses[3]) < 0.45
 
 
 def test_the_exact_target_of_the_gaussian_is_that_of_its_samples() -> None:
@@ -711,6 +917,57 @@ def test_worlds_check_themselves(change: dict[str, object], match: str) -> None:
             beta=change.get("beta", 1.0),  # type: ignore[arg-type]
             prompts=change.get("prompts", ("a",)),  # type: ignore[arg-type]
         )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A reward of one's own that returns [M, 1] instead of [M], or half of its gradient."""
+
+    values: int = 1
+
+    def check(self, prompts: int, dim: int) -> None:
+        """Anything goes."""
+
+    def __call__(self, x: Tensor, prompt: Tensor) -> Tensor:
+        return x.sum(1) if self.values == 0 else x.sum(1, keepdim=True)
+
+    def gradient(self, x: Tensor, prompt: Tensor) -> Tensor:
+        return torch.ones_like(x[:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("reward", "match"),
+    [
+        (Saturating(torch.ones(1, 2), torch.ones(1)), r"reward\.b must have the shape \(1, 3\)"),
+        (Saturating(torch.ones(1, 3), torch.ones(2)), r"reward\.c must have the shape \(1,\)"),
+        (
+            Peaks(torch.ones(1, 2, 2), torch.ones(1, 2), torch.ones(1, 2)),
+            r"reward\.centres must have the shape \(1, 2, 3\), not \(1, 2, 2\)",
+        ),
+        (
+            Peaks(torch.ones(1, 2, 3), torch.ones(1, 2), torch.ones(1, 3)),
+            r"reward\.widths must have the shape \(1, 2\)",
+        ),
+        (
+            Peaks(torch.ones(1, 2, 3), torch.tensor([[1.0, 0.0]]), torch.ones(1, 2)),
+            r"reward\.heights must be positive",
+        ),
+        (Column(), r"the values of the reward must have the shape \(1,\), not \(1, 1\)"),
+        (Column(0), r"reward\.gradient must have the shape \(1, 3\), not \(1, 2\)"),
+    ],
+)
+def test_rewards_are_checked(reward: PointReward, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        World("any", lopsided(), reward, 1.0, ("a",))
+
+
+def test_a_tilt_of_shapes_without_finite_integral_is_refused() -> None:
+    mixture = crooked()
+    largest = float(mixture.variances.max())
+    bowl = Quadratic(torch.zeros(1, 3).double(), -torch.eye(3)[None].double() / largest)
+    with pytest.raises(ValueError, match="lower β"):
+        World("any", mixture, bowl, 1.01, ("a",))
+    assert World("any", mixture, bowl, 0.99, ("a",)).closed_form is None
 
 
 def test_prompts_must_differ() -> None:
