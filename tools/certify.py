@@ -425,13 +425,15 @@ def main() -> None:
         for model in MODELS:
             if finished(world, model, arguments.out) is None:
                 certify(world, model, arguments.out)
-                write(arguments.out, arguments.docs)
-    write(arguments.out, arguments.docs)
+                write(arguments.out, arguments.docs, arguments.worlds)
+    write(arguments.out, arguments.docs, arguments.worlds)
 
 
-def write(out: Path, docs: Path) -> None:
-    """certificate.md of all that is finished; the cells of the others stay empty."""
-    found = {(w, m.name): finished(w, m, out) for w in WORLDS for m in MODELS}
+def write(out: Path, docs: Path, asked: Sequence[str]) -> None:
+    """certificate.md of all that is finished; the cells of the others stay empty. asked: worlds
+    that it has beside WORLDS."""
+    worlds = dict.fromkeys((*WORLDS, *asked))
+    found = {(w, m.name): finished(w, m, out) for w in worlds for m in MODELS}
     rows = [row for row in found.values() if row is not None]
     without = len(found) - len(rows)
     head = HEAD.format(
