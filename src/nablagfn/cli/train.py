@@ -12,8 +12,13 @@ from ..recipes.options import apply_overrides, load_config
 from .common import command, fail
 
 if TYPE_CHECKING:
+    from ..evaluation import Measurement
+    from ..evaluation.reached import LabelShares, Reached
     from ..runs.runfolder import RunFolder
     from ..training.trainer import RunResult
+
+STYLE = "style: "  # of the labels: what a reward for looks changes
+BESIDE = 52  # the column of what stands beside the reward and the diversity
 
 
 def add(commands: Any) -> None:
@@ -75,20 +80,86 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def summarise(result: RunResult) -> None:
-    """Print before and after in three lines, and where the report is."""
+    """Print before and after, beside the target where it is known, and where the report is."""
     if not result.finished:
         print(f"stopped after update {result.updates}; the same command continues it")
-    before, after = result.before, result.after
+    before, after, beside = result.before, result.after, result.against_target
     if before and after:
-        gain = (after.reward_mean - before.reward_mean) / max(before.reward_std, 1e-12)
-        kept = after.diversity / max(before.diversity, 1e-12)
-        print(
-            f"reward      {before.reward_mean:8.3f} -> {after.reward_mean:8.3f}  "
-            f"({gain:+.2f} standard deviations of the base model's rewards)"
-        )
-        print(f"diversity   {before.diversity:8.3f} -> {after.diversity:8.3f}  ({kept:.0%} kept)")
-        if before.recognised is not None and after.recognised is not None:
-            print(f"recognised  {before.recognised:8.1%} -> {after.recognised:8.1%}")
+        if beside is not None and beside.target_reward is not None:
+            print(*target_lines(before, after, beside), sep="\n")
+        else:
+            print(*plain_lines(before, after), sep="\n")
         for name, value in after.others.items():
             print(f"{name:<22} {before.others[name]:8.4f} -> {value:8.4f}")
+        if beside is not None and beside.target_reward is None:
+            print(
+                f"target not known from {beside.samples} samples (effective "
+                f"{beside.effective_samples:.0f}): draw more with "
+                "--config.evaluation.images_per_prompt"
+            )
     print(f"report: {result.report}")
+
+
+def plain_lines(before: Measurement, after: Measurement) -> list[str]:
+    """Before and after, without a target."""
+    gain = (after.reward_mean - before.reward_mean) / max(before.reward_std, 1e-12)
+    kept = after.diversity / max(before.diversity, 1e-12)
+    lines = [
+        f"reward      {before.reward_mean:8.3f} -> {after.reward_mean:8.3f}  "
+        f"({gain:+.2f} standard deviations of the base model's rewards)",
+        f"diversity   {before.diversity:8.3f} -> {after.diversity:8.3f}  ({kept:.0%} kept)",
+    ]
+    if before.recognised is not None and after.recognised is not None:
+        lines.append(f"recognised  {before.recognised:8.1%} -> {after.recognised:8.1%}")
+    return lines
+
+
+def target_lines(before: Measurement, after: Measurement, beside: Reached) -> list[str]:
+    """Before and after beside the target, which must be known."""
+    least = (
+        "" if beside.least_kl is None else f"best possible for that reward {beside.least_kl:.2f}; "
+    )
+    reward = (
+        f"reward      {before.reward_mean:8.3f} -> {after.reward_mean:8.3f}  "
+        f"(target {beside.target_reward:.3f})"
+    )
+    style = most_raised(beside.shares)
+    if style is not None:
+        reward = f"{reward:<{BESIDE}} {shares_in_words(style, beside.shares[STYLE + style])}"
+    diversity = f"diversity   {before.diversity:8.3f} -> {after.diversity:8.3f}"
+    if beside.target_diversity is not None:
+        diversity += f"  (target {beside.target_diversity:.3f})"
+    if before.recognised is not None and after.recognised is not None:
+        diversity = (
+            f"{diversity:<{BESIDE}} recognised {before.recognised:.0%} -> {after.recognised:.0%}"
+        )
+        if beside.target_recognised is not None:
+            diversity += f"  (target {beside.target_recognised:.0%})"
+    path_kl = f"path KL     {after.path_kl:8.3f} nats  ({least}target {beside.target_kl:.2f})"
+    return [reward, path_kl, diversity, *reached_in_words(beside)]
+
+
+def most_raised(shares: dict[str, LabelShares]) -> str | None:
+    """The style whose share the target raises most; None where nobody tells styles."""
+    raised = {
+        name.removeprefix(STYLE): share.target - share.before
+        for name, share in shares.items()
+        if name.startswith(STYLE) and share.target is not None
+    }
+    return max(raised, key=lambda style: raised[style], default=None)
+
+
+def shares_in_words(name: str, share: LabelShares) -> str:
+    """A label's share before and after, and in the target, which must be known."""
+    return f"{name} {share.before:.0%} -> {share.after:.0%}  (target {share.target:.0%})"
+
+
+def reached_in_words(beside: Reached) -> list[str]:
+    """One line, or none where the target has no more reward than the pretrained model. An
+    efficiency that so few samples put outside of 0..1 is left out."""
+    if beside.gain_reached is None:
+        return []
+    said = f"reached {beside.gain_reached:.0%} of the target's gain"
+    if beside.efficiency is not None and 0 <= beside.efficiency <= 1:
+        said += f", with {beside.efficiency:.1%} efficiency"
+    return [said]

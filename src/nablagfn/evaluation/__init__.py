@@ -2,7 +2,7 @@
 and by `nablagfn evaluate`."""
 
 from .drawing import decoded, draw, draw_paths
-from .figures import Measured, Measurement, figures, per_prompt, summarise
+from .figures import Measured, Measurement, figures, per_prompt, summarise, summary_of
 from .samples import Evaluator, Sample
 from .view import PictureView, thumbnails
 
@@ -18,5 +18,6 @@ __all__ = [
     "figures",
     "per_prompt",
     "summarise",
+    "summary_of",
     "thumbnails",
 ]

@@ -29,7 +29,8 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class DrawnSamples:
-    """Samples, and their pictures [n, ...] as they are kept. labels: what each shows, by kind."""
+    """Samples, and their pictures [n, ...] as they are kept, [0] where they are not. labels: what
+    each shows, by kind."""
 
     measured: Measured
     images: Tensor

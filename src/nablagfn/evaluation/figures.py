@@ -114,17 +114,25 @@ class Measurement:
 
 def summarise(samples: Sequence[Sample], view: View) -> Measurement:
     """The figures of a set of samples with at least two of some prompt."""
-    found = Measured.of(samples, view)
+    return summary_of(Measured.of(samples, view))
+
+
+def summary_of(found: Measured) -> Measurement:
+    """`summarise` of samples that have been measured."""
     mean = {name: float(values.nanmean()) for name, values in found.scores.items()}
     return Measurement(
-        num_samples=len(samples),
+        num_samples=len(found.prompts),
         reward_mean=mean["reward"],
         reward_std=float(found.scores["reward"].std()),
         diversity=float(diversity.pairwise_distance(found.features, found.prompts)),
         recognised=None if math.isnan(mean["recognised"]) else mean["recognised"],
         others=found.others,
         path_kl=mean["path_kl"],
-        held_out={name: mean[f"reward_{name}"] for name in samples[0].held_out},
+        held_out={
+            name.removeprefix("reward_"): value
+            for name, value in mean.items()
+            if name.startswith("reward_")
+        },
     )
 
 

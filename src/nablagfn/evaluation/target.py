@@ -94,7 +94,13 @@ def spread_of(
     log_w: Tensor,
     counts: Tensor | None,
 ) -> Tensor:
-    """`diversity.pairwise_distance` of weighted samples, [R or 1]."""
+    """`diversity.pairwise_distance` of weighted samples, [R or 1].
+
+    Σ_{i≠j} w_i w_j d_ij / Σ_{i≠j} w_i w_j of each prompt, then the mean over prompts. Two draws of
+    the target are never the same sample, so pairs i = j are left out of both sums, however large
+    w_i is: to count them, with their distance 0, would make few samples look less different than
+    the target is. With equal weights it is the plain figure.
+    """
     weights = tilting.normalised(log_w, groups, counts)
     taken = torch.zeros(len(weights), len(features), dtype=torch.float64)
     there = groups.there
@@ -105,11 +111,17 @@ def spread_of(
 def indicators(drawn: DrawnSamples) -> dict[str, Tensor]:
     """1 where a sample shows a label, [n] each, of the kinds that the prompts leave open."""
     return {
-        f"{kind}: {label}": torch.tensor([seen == label for seen in labels], dtype=torch.float64)
+        name: indicator(drawn, name)
         for kind, labels in drawn.labels.items()
         if not asked_for(labels, drawn.measured.prompts)
-        for label in sorted(set(labels))
+        for name in sorted({f"{kind}: {label}" for label in labels})
     }
+
+
+def indicator(drawn: DrawnSamples, name: str) -> Tensor:
+    """1 where a sample shows the label of "kind: label", [n]."""
+    kind, _, label = name.partition(": ")
+    return torch.tensor([seen == label for seen in drawn.labels[kind]], dtype=torch.float64)
 
 
 def asked_for(labels: Sequence[str], prompts: Sequence[str]) -> bool:

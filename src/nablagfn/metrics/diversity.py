@@ -16,8 +16,8 @@ def pairwise_distance(
 ) -> Tensor:
     """Mean Euclidean distance over all pairs of one group, then over groups; scalar, or [R].
 
-    features: [n, D]; groups: the prompt of each row; counts: [R, n]. In [0, 2] for unit-length
-    features. Raises ValueError when no group has two members.
+    features: [n, D]; groups: the prompt of each row; counts: [R, n], or weights of any scale. In
+    [0, 2] for unit-length features. Raises ValueError when no group has two members.
     """
     return _over_groups(_distances, features, groups, counts)
 

@@ -102,11 +102,36 @@ class EvaluatedRecord(PartRecord):
     frontier: list[PointRow] = Field(default_factory=list)
 
 
+class SharesRow(PartRecord):
+    """Shares of a label: of the pretrained model, of the finetuned one, of the target."""
+
+    before: float
+    after: float
+    target: float | None = None
+
+
+class ReachedRow(PartRecord):
+    """What the run reached beside its target: `Reached` of evaluation.json."""
+
+    beta: float
+    samples: int
+    effective_samples: float
+    target_reward: float | None = None
+    target_kl: float | None = None
+    target_diversity: float | None = None
+    target_recognised: float | None = None
+    gain_reached: float | None = None
+    least_kl: float | None = None
+    efficiency: float | None = None
+    shares: dict[str, SharesRow] = Field(default_factory=dict)
+
+
 class EvaluationFile(PartRecord):
     """evaluation.json."""
 
     before: MeasuredRecord | None = None
     after: MeasuredRecord | None = None
+    against_target: ReachedRow | None = None
     updates: int = 0
     evaluated: EvaluatedRecord | None = None
 

@@ -134,6 +134,7 @@ def run_page(record: Record) -> str:
             step_kl=step_kl(record),
             certificate=record.final.certificate if record.final else None,
             certified=tables.certificate(record),
+            reached=tables.reached(record),
             perfect=embed(record.target_pictures) if record.target_pictures else None,
             code=code(record),
             settings=tables.settings(record.config),

@@ -114,6 +114,33 @@ def certificate(record: Record) -> Table | None:
     return Table(["figure", "value", "interval", "what it is"], rows)
 
 
+def reached(record: Record) -> Table | None:
+    """Before, after and target by the training's own samples; None where it is not known."""
+    before, after = record.evaluation.before, record.evaluation.after
+    beside = record.evaluation.against_target
+    if before is None or after is None or beside is None or beside.target_reward is None:
+        return None
+    figures = {
+        "reward": (before.reward_mean, after.reward_mean, beside.target_reward),
+        "path_kl": (None, after.path_kl, beside.target_kl),
+        "diversity": (before.diversity, after.diversity, beside.target_diversity),
+        "recognised": (before.recognised, after.recognised, beside.target_recognised),
+    }
+    rows = [
+        [title(key), *(number(value, key) for value in values)]
+        for key, values in figures.items()
+        if values[1] is not None
+    ]
+    rows += [
+        [name, *(number(value, "recognised") for value in (row.before, row.after, row.target))]
+        for name, row in beside.shares.items()
+    ]
+    rows.append(["gain of the reward", "", number(beside.gain_reached, "recognised"), "100.0%"])
+    rows.append(["least KL", "", number(beside.least_kl), ""])
+    rows.append(["efficiency", "", number(beside.efficiency, "recognised"), "100.0%"])
+    return Table(["figure", "before", "after", "target"], rows)
+
+
 def per_prompt(record: Record) -> Table | None:
     """Each prompt's figures before and after, as `nablagfn evaluate` measured them."""
     if record.final is None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..evaluation import Evaluator, Measurement, Sample, summarise
+from ..evaluation import Evaluator, Measurement, Sample, summarise, summary_of
+from ..evaluation.draws import DrawnSamples
+from ..evaluation.reached import Reached, reached, without_pictures
 from ..metrics.diversity import pairwise_distance
 from ..metrics.drift import feature_drift
 from ..prompts import PromptSet
@@ -31,6 +33,14 @@ class Seen:
     probe: Probe
 
 
+@dataclass(frozen=True)
+class Ending:
+    """The figures after a run, and beside its target where it has one."""
+
+    after: Measurement | None = None
+    against_target: Reached | None = None
+
+
 class Observer:
     """Draws through the evaluator (on every process), writes on the main process."""
 
@@ -49,6 +59,7 @@ class Observer:
         self.config = config
         self.show = show
         self._base: list[Sample] | None = None
+        self._before: DrawnSamples | None = None
         self._said: set[str] = set()
 
     def probe(self, epoch: int, bar: Bar, *, grid: bool) -> Seen:
@@ -101,35 +112,62 @@ class Observer:
         known = from_main_process(self._known())  # all measure, or none
         if "before" in known:
             return Measurement(**known["before"])
-        return self._measure("before", 0)
+        self._before = self._measure("before")
+        if self._before is None:
+            return None
+        figures = summary_of(self._before.measured)
+        self._write({"before": figures.as_dict(), "updates": 0})
+        return figures
 
-    def after(self, update: int) -> Measurement | None:
-        """The finetuned model's figures after `update` updates."""
+    def after(self, update: int, beta: float | None) -> Ending:
+        """The finetuned model's figures after `update` updates. beta: that of the target; None
+        where there is no target."""
         known = from_main_process(self._known())
         if known.get("updates") == update and "after" in known:
-            return Measurement(**known["after"])
-        return self._measure("after", update)
+            beside = known.get("against_target")
+            return Ending(Measurement(**known["after"]), Reached.read(beside) if beside else None)
+        drawn = self._measure("after")
+        if drawn is None:
+            return Ending()
+        figures, beside = summary_of(drawn.measured), self._against_target(drawn, beta)
+        against = beside.as_dict() if beside else None
+        self._write({"after": figures.as_dict(), "against_target": against, "updates": update})
+        return Ending(figures, beside)
+
+    def _against_target(self, drawn: DrawnSamples, beta: float | None) -> Reached | None:
+        """The finetuned model's samples beside the target of the pretrained model's."""
+        if beta is None:
+            return None
+        if self._before is None:  # drawn again after a restart: it is the same
+            self._before = self._measure("before")
+        assert self._before is not None
+        return reached(self._before, drawn, beta)
 
     def _known(self) -> dict[str, Any]:
         return self.folder.read_json("evaluation.json") or {}
 
-    def _measure(self, name: str, update: int) -> Measurement | None:
-        """Draw, summarise and keep; None when `evaluation.num_prompts` is 0."""
+    def _write(self, found: dict[str, Any]) -> None:
+        """Put it into evaluation.json; None takes a part away."""
+        if self.evaluator.accelerator.is_main_process:
+            whole = {**self._known(), **found}
+            kept = {name: part for name, part in whole.items() if part is not None}
+            self.folder.write_json("evaluation.json", kept)
+
+    def _measure(self, name: str) -> DrawnSamples | None:
+        """Draw, measure and keep the grid; None when `evaluation.num_prompts` is 0."""
         wanted = self.config.evaluation
         if not wanted.num_prompts:
             return None
         prompts = tuple(dict.fromkeys(self.prompts.spread(wanted.num_prompts)))
         asked = repeat(prompts, wanted.images_per_prompt)
         with Bar(f"measuring {name}", len(asked), show=self.show) as bar:
-            samples = self.evaluator.samples(asked, reference=name == "before", on_done=bar.advance)
-        figures = summarise(samples, self.evaluator.view)
+            samples = self.evaluator.samples(
+                asked, reference=name == "before", labelled=True, on_done=bar.advance
+            )
         rows = PromptSet(prompts).spread(min(ROWS, len(prompts)))
         shown = [sample for row in rows for sample in samples if sample.prompt == row]
         self._save_grid(shown, name, wanted.images_per_prompt)
-        if self.evaluator.accelerator.is_main_process:
-            result = {**self._known(), name: figures.as_dict(), "updates": update}
-            self.folder.write_json("evaluation.json", result)
-        return figures
+        return without_pictures(samples, self.evaluator.view)
 
     def _save_grid(self, samples: Sequence[Sample], name: str, columns: int) -> None:
         if self.evaluator.accelerator.is_main_process:

@@ -25,9 +25,10 @@ from ..core.path_kl import step_weights
 from ..core.rollout import fingerprints
 from ..core.types import Policy, Recogniser, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
+from ..evaluation.reached import Reached
 from ..methods.build import build_kernel, build_objective
 from ..methods.parts import Parts
-from ..methods.registry import check_settings
+from ..methods.registry import check_settings, target_of
 from ..prompts import PromptSet
 from ..rewards import NamedReward, Scores, named
 from ..runs import runfolder
@@ -35,10 +36,10 @@ from ..runs.progress import Bar, StopRequest, note
 from ..runs.runfolder import RunFolder
 from ..runtime import backoff, distributed
 from ..runtime.optimizers import schedule_lr
-from .checkpoint import CheckpointIO, Position, load_policy
+from .checkpoint import CheckpointIO, Position, guard_factor, load_policy
 from .draws import Shelf
 from .guard import Guard
-from .observe import Observer
+from .observe import Ending, Observer
 from .pool import collector_of
 from .runlog import RunLog, make_accelerator
 from .updater import TrainingError, Updater, require_finite
@@ -122,13 +123,15 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `fit` returns. before, after: None without `evaluation.num_prompts` or the end."""
+    """What `fit` returns. before, after: None without `evaluation.num_prompts` or the end.
+    against_target: None without a target, too."""
 
     folder: Path
     updates: int
     finished: bool
     before: Measurement | None = None
     after: Measurement | None = None
+    against_target: Reached | None = None
 
     @property
     def report(self) -> Path:
@@ -272,12 +275,19 @@ class Trainer:
                     bar.line(compilations())
                     untold = False
         finished = position.epoch == epochs or self.guard.state.stopped
-        after = self.observer.after(self._take_best(position)) if finished else None
+        ending = self._look_at_the_end(position) if finished else Ending()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.folder.truncate(position.update)
             report.build(self.folder)
-        return RunResult(self.folder.path, position.update, finished, before, after)
+        return RunResult(
+            self.folder.path,
+            position.update,
+            finished,
+            before,
+            ending.after,
+            ending.against_target,
+        )
 
     def _open_run(self) -> Position:
         """Create or reopen the run folder; every process starts from the same position."""
@@ -326,6 +336,14 @@ class Trainer:
     def _write_guard(self) -> None:
         if self.accelerator.is_main_process and self.config.guard.active:
             self.folder.write_json(runfolder.GUARD, self.guard.state_dict())
+
+    def _look_at_the_end(self, position: Position) -> Ending:
+        """Measure the model that the run stands for, with the β that was in force for it."""
+        update = self._take_best(position)
+        factor = self.guard.factor
+        if update != position.update:
+            factor = guard_factor(self.folder.checkpoints / runfolder.checkpoint_name(update))
+        return self.observer.after(update, target_of(self.config, factor).beta)
 
     def _take_best(self, position: Position) -> int:
         """Make the guard's best checkpoint, if there is one, the policy; the updates behind it."""
