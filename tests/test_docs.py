@@ -14,7 +14,7 @@ import torch
 from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, resolve_reward
 from nablagfn.config import set_option
 from nablagfn.methods.build import build_kernel
-from nablagfn.methods.registry import METHODS
+from nablagfn.methods.registry import METHODS, target_of
 from nablagfn.rewards import NamedReward
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.worlds import load
@@ -150,9 +150,12 @@ def logged(folder: RunFolder) -> set[str]:
 def evaluated(folder: RunFolder) -> set[str]:
     """The keys of evaluation.json; figures in `others` have the names of probes."""
     evaluation = folder.read_json("evaluation.json")
-    assert set(evaluation) == {"before", "after", "updates"}
+    aimed = target_of(folder.config()).beta is not None
+    against = {"against_target"} if aimed else set()
+    assert set(evaluation) == {"before", "after", "updates"} | against
     assert set(evaluation["before"]["others"]) == set(evaluation["after"]["others"])
-    return set(evaluation["after"]) | {f"probe_{name}" for name in evaluation["after"]["others"]}
+    keys = set(evaluation["after"]) | set(evaluation.get("against_target", {}))
+    return keys | {f"probe_{name}" for name in evaluation["after"]["others"]}
 
 
 @pytest.mark.parametrize("no_flow", [False, True])

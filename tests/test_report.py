@@ -166,6 +166,32 @@ def test_the_certificate_of_the_guard_s_best_is_shown(made: Path, page: Page) ->
         assert text in page.text
 
 
+AGAINST_TARGET = {
+    "beta": 0.5,
+    "samples": 16,
+    "effective_samples": 12.0,
+    "target_reward": 2.5,
+    "target_kl": 0.25,
+    "gain_reached": 0.4,
+    "least_kl": None,
+    "shares": {"style: glossy": {"before": 0.25, "after": 0.5, "target": 0.75}},
+}
+
+
+def test_what_was_reached_stands_beside_the_target(copy: RunFolder) -> None:
+    evaluation = copy.read_json("evaluation.json")
+    copy.write_json("evaluation.json", {**evaluation, "against_target": AGAINST_TARGET})
+    table = tables.reached(read(copy))
+    assert table is not None
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["reward"][2] == "2.500" and rows["style: glossy"] == ["25.0%", "50.0%", "75.0%"]
+    assert rows["gain of the reward"][1] == "40.0%" and rows["least KL"][1] == "–"
+    assert "12 carry the target" in " ".join(Page(run_page(read(copy))).text.split())
+    unknown = {**AGAINST_TARGET, "target_reward": None}
+    copy.write_json("evaluation.json", {**evaluation, "against_target": unknown})
+    assert tables.reached(read(copy)) is None
+
+
 def test_a_target_with_more_images_of_the_same_prompts_draws_the_frontier(copy: RunFolder) -> None:
     record = read(copy)
     assert [point.kl.value for point in record.best] == [0, 1, 2, 3, 4]
