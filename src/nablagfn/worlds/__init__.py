@@ -1,4 +1,4 @@
-"""Problems whose answer is known: pretrained model, reward and tilted target in closed form.
+"""Problems whose answer is known: pretrained model, reward, and the target of its sampler.
 
 A world is one small file in `catalogue/`, or a file of your own, that defines `WORLD = World(...)`.
 This module imports no torch; `load` does.

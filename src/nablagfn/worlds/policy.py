@@ -1,4 +1,4 @@
-"""A world as a `Policy`: the exact model with an adapter that starts at zero, and its reward."""
+"""A world as a `Policy`: the pretrained model with an adapter that starts at 0, and its reward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.grids import by_angle
 from ..core.schedules import AngleNoising, Levels, Noising, output_of
 from ..core.types import Condition, Metadata
 from .mixture import Posterior
-from .protocols import Density
+from .protocols import PointModel
 from .world import World
 
 HIDDEN = 128
@@ -75,7 +75,7 @@ class PlaneFlow(nn.Module):
 
 
 class WorldPolicy:
-    """The exact model with an adapter that is added to its score, a value gradient.
+    """The pretrained model with an adapter that is added to its score, a value gradient.
 
     As a LoRA works on the features of the pretrained network, the adapter sees x̂_#(x). It changes
     ε by −σ·adapter and x̂ by (σ²/α)·adapter, whatever the world's network predicts. On a schedule
@@ -94,7 +94,7 @@ class WorldPolicy:
         self._from_noise = float(world.noising.levels(ends).alpha) == 0
         self.adapter = self._field(rng.seed_of(seed, "adapter"), hint=world.dim)
         self.adapter_on = True
-        self._exact: dict[torch.dtype, Density] = {}
+        self._pretrained: dict[torch.dtype, PointModel] = {}
         self.to(device)
 
     def _field(self, seed: int, hint: int = 0) -> PlaneFlow:
@@ -104,18 +104,18 @@ class WorldPolicy:
         """Move everything there, and the adapter to `dtype` if given; returns itself."""
         self._device = torch.device(device)
         self.adapter.to(self._device, dtype)
-        self._exact = {}
+        self._pretrained = {}
         return self
 
     @property
     def device(self) -> torch.device:
         return self._device
 
-    def _mixture(self, dtype: torch.dtype) -> Density:
-        """The mixture on the device in `dtype`, moved once."""
-        if dtype not in self._exact:
-            self._exact[dtype] = self.world.mixture.to(self.device, dtype)
-        return self._exact[dtype]
+    def _mixture(self, dtype: torch.dtype) -> PointModel:
+        """The pretrained model on the device in `dtype`, moved once."""
+        if dtype not in self._pretrained:
+            self._pretrained[dtype] = self.world.mixture.to(self.device, dtype)
+        return self._pretrained[dtype]
 
     # ---------------------------------------------------------------- Policy
 

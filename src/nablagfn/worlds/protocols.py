@@ -1,4 +1,4 @@
-"""What a world is made of: a density whose posterior is known, and a reward at points.
+"""What a world is made of: a pretrained model whose posterior is known, and a reward at points.
 
 K components, d dimensions, P prompts, M rows.
 """
@@ -14,8 +14,8 @@ from ..core.schedules import Levels
 from .mixture import Posterior
 
 
-class Density(Protocol):
-    """A mixture with its exact posterior: `Mixture`, or `ShapedMixture`."""
+class PointModel(Protocol):
+    """A pretrained model of points that lie in K modes: a `Density`, or `LearnedScore`."""
 
     @property
     def means(self) -> Tensor:
@@ -35,14 +35,8 @@ class Density(Protocol):
     def check(self) -> None:
         """Raises ValueError, one line, when shapes or values do not fit."""
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Density:
-        """The same density there, in that dtype."""
-
-    def noised(self, alpha: float, sigma: float) -> Density:
-        """The distribution of α·x + σ·z."""
-
-    def log_density(self, x: Tensor, levels: Levels) -> Tensor:
-        """log p of the noised density in nats; x [M, d], levels [M, 1] each -> [M]."""
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> PointModel:
+        """The same model there, in that dtype."""
 
     def posterior(self, x: Tensor, levels: Levels) -> Posterior:
         """E[x_clean|x] and E[noise|x]; x [M, d], levels [M, 1] each, σ above 0."""
@@ -52,6 +46,19 @@ class Density(Protocol):
 
     def mode_of(self, x: Tensor) -> Tensor:
         """The component that each x [M, d] is counted to, [M] in 0..K-1."""
+
+
+class Density(PointModel, Protocol):
+    """A mixture with its exact posterior: `Mixture`, or `ShapedMixture`."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Density:
+        """The same density there, in that dtype."""
+
+    def noised(self, alpha: float, sigma: float) -> Density:
+        """The distribution of α·x + σ·z."""
+
+    def log_density(self, x: Tensor, levels: Levels) -> Tensor:
+        """log p of the noised density in nats; x [M, d], levels [M, 1] each -> [M]."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Independent draws, [count, d]."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..core.schedules import AngleNoising, LinearNoising, Noising, Prediction
 from .mixture import Mixture, Quadratic, require_finite, require_shape, tilted
-from .protocols import Density, PointReward
+from .protocols import PointModel, PointReward
 from .shaped import ShapedMixture
 
 CLEAN_ANGLE = 0.029  # noise angle arctan(σ/α) of the clean end; Stable Diffusion has the same
@@ -31,15 +31,15 @@ class ClosedForm:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A pretrained density, a reward per prompt, and β: the target is p_pretrained·exp(βr).
+    """A pretrained model, a reward per prompt, and β: the target is p_pretrained·exp(βr).
 
     title: one line for plots and tables. prompts: P distinct strings. noising: its forward process;
-    prediction: what its exact network predicts. name: given by `load`. Tensors are CPU float64.
+    prediction: what its network predicts. name: given by `load`. Tensors are CPU float64.
     Raises ValueError when shapes or values do not fit.
     """
 
     title: str
-    mixture: Density
+    mixture: PointModel
     reward: PointReward
     beta: float
     prompts: tuple[str, ...]
