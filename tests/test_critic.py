@@ -12,10 +12,8 @@ from torch import Tensor
 from nablagfn.config import set_option
 from nablagfn.core import kernels
 from nablagfn.core.kernels import KernelTable
-from nablagfn.core.log_reward import LogReward
-from nablagfn.core.lookahead import uphill
 from nablagfn.core.types import Transitions
-from nablagfn.methods.objectives.reweighted import Guessing, PoolSignals, ReweightedRegression
+from nablagfn.methods.objectives.reweighted import PoolSignals, ReweightedRegression
 from nablagfn.training import critic
 from nablagfn.training.critic import ExpectedWeight, Spans
 from nablagfn.training.pool import PoolCollector
@@ -187,106 +185,6 @@ def at_step(
     return Transitions(x[:, step], x[:, step + 1], drawn, steps, where, signals), signals
 
 
-def reward_of(slope: Tensor) -> LogReward:
-    """slope·x, of a policy whose samples are their own pictures."""
-    policy, _ = world_table("worlds/gaussian", 12)
-    return LogReward(policy, lambda x, prompts, metadata: x @ slope.to(x), 2.0)
-
-
-def test_uphill_is_where_the_reward_of_what_is_predicted_rises() -> None:
-    """In a linear chain x̂ = C x + c with C diagonal: along C·slope, whatever β and the reward's
-    size; 0 for a reward without slope."""
-    known = Known.of()
-    x = torch.randn(5, DIMENSIONS, generator=torch.Generator().manual_seed(1)).double()
-    where = known.policy.condition(known.policy.world.prompts * 5)
-    for step in (2, 8):
-        k = known.table.at_step(step, x)
-        points = torch.cat([torch.zeros(1, DIMENSIONS), torch.eye(DIMENSIONS)]).double()
-        k_points = known.table.at_step(step, points)
-        clean = kernels.predict_clean(
-            points, output(known.policy, known.table, points, step), k_points.here
-        )
-        wanted = (clean[1:] - clean[0]) @ SLOPE
-        found = uphill(reward_of(3 * SLOPE), known.policy, x, k, where)
-        torch.testing.assert_close(found, (wanted / wanted.norm()).expand(5, -1))
-        assert not found.requires_grad
-    assert float(uphill(reward_of(0 * SLOPE), known.policy, x, k, where).abs().max()) == 0
-
-
-def test_the_multiple_is_how_far_the_target_goes_along_a_direction() -> None:
-    """m_k = d*_k·ĝ for a constant ĝ, by paths of which each tells of one step."""
-    known = Known.of()
-    x, u, _ = walked(known, torch.zeros(DIMENSIONS).double())
-    h = known.expected(x)
-    looks = (3, 6, 9)
-    spans = Spans.of(looks, 12, 1)
-    value = torch.cat([torch.ones(PATHS, 1).double(), h[:, [*looks, -1]]], 1)
-    now, then = critic.judged(value, torch.zeros(PATHS, 12).double(), spans, False)
-    towards = SLOPE / SLOPE.norm()
-    probed = torch.arange(PATHS) % 12
-    z = torch.stack(
-        [
-            kernels.step_noise(x[:, k], x[:, k + 1], u[:, k], known.table.at_step(k, x[:, k]))
-            for k in range(12)
-        ],
-        1,
-    )
-    along = (z[torch.arange(PATHS), probed] @ towards).float()
-    found = critic.multiples(probed, along, now, then)
-    exact = known.std * (known.slope[1:] @ towards)
-    near = (critic.AROUND + 1 - (torch.arange(12)[:, None] - torch.arange(12)).abs()).clamp(min=0)
-    wanted = (near.double() @ exact) / near.sum(1)  # all steps have as many paths
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.06)
-    assert float(wanted.max()) > 0.25, "the tolerance is small beside what is measured"
-    back = critic.multiples(probed, -along, now, then)
-    torch.testing.assert_close(back, -found)
-
-
-def test_steps_that_tell_of_nothing_have_no_multiple() -> None:
-    """Noise alone is drawn to 0, and paths without a step count for nothing."""
-    generator = torch.Generator().manual_seed(0)
-    along = torch.randn(400, generator=generator)
-    now = torch.ones(400, 8)
-    then = now + torch.randn(400, 8, generator=generator)
-    found = critic.multiples(torch.arange(400) % 8, along, now, then)
-    plain = (then - now)[torch.arange(400), torch.arange(400) % 8] * along
-    assert float(found.abs().max()) < 0.7 * float(plain.view(50, 8).mean(0).abs().max())
-    assert int((found == 0).sum()) >= 3
-    none = critic.multiples(torch.full((400,), -1), along, now, then)
-    assert torch.equal(none, torch.zeros(8))
-    half = torch.arange(400) % 8
-    half[200:] = -1
-    torch.testing.assert_close(
-        critic.multiples(half, along, now, then),
-        critic.multiples(half[:200], along[:200], now[:200], then[:200]),
-    )
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_aim_of_a_judged_step_has_its_share_of_the_guess(share: float) -> None:
-    known = Known.of()
-    x, u, _ = walked(known, torch.zeros(DIMENSIONS).double())
-    x, u = x[:6], u[:6]
-    now = torch.full((6, 12), 0.5).double()
-    then = torch.full((6, 12), 2.0).double()
-    batch, signals = at_step(known, x, u, u[:, 4], now, then, 4)
-    k = known.table.at(batch.step, batch.x)
-    plain = ReweightedRegression(known.policy, known.table, weight="std", fraction=1.0)
-    log_reward = reward_of(SLOPE)
-    guiding = replace_guessing(plain, Guessing(log_reward, "squared", 1.0, share))
-    multiple = torch.full((6,), 0.3).double()
-    aim = guiding.aimed(batch, replace(signals, multiple=multiple), k)
-    towards = uphill(log_reward, known.policy, batch.x, k, batch.condition)
-    wanted = (1 - share) * plain.aimed(batch, signals, k) + share * 0.5 * 0.3 * towards
-    torch.testing.assert_close(aim, wanted)
-
-
-def replace_guessing(of: ReweightedRegression, guessing: Guessing) -> ReweightedRegression:
-    return ReweightedRegression(
-        of.policy, of.table, weight=of.weight, fraction=1.0, guessing=guessing
-    )
-
-
 # -------------------------------------------------------------------------------- in a pool and run
 
 
@@ -316,34 +214,6 @@ def test_a_pool_keeps_the_reward_of_what_is_predicted(tmp_path: Path) -> None:
     assert judged is not None and judged.directions is not None
     assert judged.now.shape == judged.then.shape == (6, 12)
     assert judged.directions.shape == (12, 2, 1)
-
-
-def test_each_path_tells_of_one_step_in_turn(tmp_path: Path) -> None:
-    """Its noise along the guess's direction there; nothing where no guess is asked for."""
-    policy = PromptedWorld(hidden=8)
-    config = options(
-        sampling__num_steps=12, pool__looks=3, pool__size=36, pool__images_per_prompt=12
-    )
-    made = collector(config, tmp_path, policy)
-    drawn = made.collect(0)
-    base = made._base
-    assert base is not None and base.gradient.shape == (36, 0)
-    assert base.probed.tolist() == [i % 12 for i in range(36)]
-    for row in (0, 17, 35):
-        step = int(base.probed[row])
-        x, u = base.x[row : row + 1], base.output_ref[row : row + 1]
-        k = made.table.at_step(step, x[:, step])
-        where = policy.condition([made.slots[int(base.slot[row])]])
-        towards = uphill(made.log_reward, policy, x[:, step], k, where)
-        noise = kernels.step_noise(x[:, step], x[:, step + 1], u[:, step], k)
-        torch.testing.assert_close(base.along[row], (noise * towards).sum().float())
-    judged = drawn.pooled and drawn.pooled.judged
-    assert judged is not None and judged.multiple is not None and judged.multiple.shape == (12,)
-    set_option(config, "pool.guess_share", 0.0)
-    other = collector(config, tmp_path / "other", policy)
-    pooled = other.collect(0).pooled
-    assert pooled is not None and pooled.judged is not None and pooled.judged.multiple is None
-    assert other._base is not None and set(other._base.probed.tolist()) == {-1}
 
 
 def test_expected_weights_are_those_of_the_prompt(tmp_path: Path) -> None:
@@ -431,11 +301,10 @@ def test_a_transition_has_what_is_known_of_its_step(tmp_path: Path) -> None:
     signals, known = batch.signals, chosen.paths.pooled and chosen.paths.pooled.judged
     assert isinstance(signals, PoolSignals) and known is not None and known.directions is not None
     row, step = chosen.row, chosen.step
-    assert not torch.equal(known.now, known.then) and known.multiple is not None
+    assert len({tuple(v.tolist()) for v in (known.now[0], known.then[0], known.end[0])}) == 3
     assert torch.equal(signals.weight, known.then[row, step])
     assert torch.equal(signals.control, known.now[row, step])
-    assert signals.multiple is not None and signals.slope is None
-    assert torch.equal(signals.multiple, known.multiple[step])
+    assert torch.equal(signals.end, known.end[row, step])
     assert signals.noise is not None and signals.away is not None
     for i, number in enumerate(step.tolist()):
         k = made.table.at_step(number, batch.x[i : i + 1])

@@ -292,7 +292,6 @@ EFFECTS = {
     "pool.looks": method("reward-weighted", 2),
     "pool.ahead": method("reward-weighted", 0, pool__looks=2),
     "pool.directions": method("reward-weighted", 1, pool__looks=2),
-    "pool.guess_share": method("nabla-db-pool", 1.0, pool__looks=2),
     "pool.own_share": method("reward-weighted", 0.5, pool__refresh=1),
     "pool.refresh": method("reward-weighted", 2, pool__own_share=0.5, training__num_epochs=3),
     "pool.keep_draws": method(

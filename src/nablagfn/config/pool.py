@@ -46,16 +46,6 @@ class PoolSettings(Group):
         description="principal directions, of those in which ends differ that begin at one state, "
         "along which a step's noise is learned from with pool.looks; 0: all",
     )
-    guess_share: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="nabla-db-pool with pool.looks: share of the guess in the aim of a step. The "
-        "guess is the direction in which the reward of the predicted clean sample rises, as far as "
-        "steps of the pool's paths are found to go along it: one number for each step of the "
-        "sampler, measured. It has no noise, but is not the whole step; 0: the judged noise alone, "
-        "1: the guess alone",
-    )
     renoise: float = Field(
         0.2,
         ge=0,

@@ -123,23 +123,6 @@ def guess(
     return Guessed(torch.where(last, gradient, gamma * gradient), x_clean.detach())
 
 
-def uphill(
-    log_reward: LogReward, policy: Policy, x: Tensor, k: kernels.Step, condition: Condition
-) -> Tensor:
-    """J_x̂ᵀ∇r(x̂_#(x_k)) over its norm, [M, ...] without a graph; 0 where it is 0.
-
-    Of the guess only where it points to, since its length varies a hundredfold from one noisy
-    sample to the next, and least of all with what there is to gain (docs/pool.md).
-    """
-    x = x.detach().requires_grad_()
-    with policy.reference(), torch.enable_grad():
-        output = policy.output(x, k.here.time, condition)
-        value = log_reward(kernels.predict_clean(x, output, k.here), condition)
-        (found,) = torch.autograd.grad(value.sum(), x)
-    length = found.flatten(1).norm(dim=1).reshape(-1, *([1] * (x.ndim - 1)))
-    return found / length.clamp(min=LEAST)
-
-
 def _without_backward(
     log_reward: LogReward,
     policy: Policy,

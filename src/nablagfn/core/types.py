@@ -66,20 +66,19 @@ class Condition:
 class Judged:
     """What the reward of predicted clean samples tells of a pool's paths (`training.critic`).
 
-    now, then: [B, N] the expected weight at each step and where that step is judged. directions:
-    [N, D, count] of the noise that counts; None: all. multiple: [N] how far the target's step goes
-    along the guess's direction (`core.lookahead.uphill`); None where no guess is wanted.
+    now, then, end: [B, N] the expected weight at each step, where that step is judged, and at the
+    path's end. directions: [N, D, count] of the noise that counts; None: all.
     """
 
     now: Tensor
     then: Tensor
+    end: Tensor
     directions: Tensor | None
-    multiple: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> Judged:
         """Those of the paths named by `index` ([M] integers)."""
         here = beside(index, self.now)
-        return replace(self, now=self.now[here], then=self.then[here])
+        return replace(self, now=self.now[here], then=self.then[here], end=self.end[here])
 
 
 @dataclass(frozen=True)

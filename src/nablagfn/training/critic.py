@@ -29,7 +29,6 @@ from ..core.kernels import KernelTable
 SEEN = (0.02, 0.9)  # shares of the signal between which it is worth while to look
 BIN = 100  # paths at least for each point of a curve
 LEAST = 0.05  # of an expected weight, to divide by
-AROUND = 2  # steps to each side that tell of a step's multiple
 
 
 def looks_at(alpha_bar: Tensor, count: int) -> tuple[int, ...]:
@@ -113,29 +112,6 @@ def judged(value: Tensor, log_ratio: Tensor, spans: Spans, own: bool) -> tuple[T
         then = then * (-between).exp() / now.clamp(min=LEAST)
         now = torch.ones_like(now)
     return now.float(), then.float()
-
-
-def multiples(probed: Tensor, along: Tensor, now: Tensor, then: Tensor) -> Tensor:
-    """How far the target goes along the guess's unit direction ĝ at each step, [N] float32.
-
-    What regression finds for a number per step, d = m_k·ĝ(x_k), over paths of the pretrained model:
-
-        m_k = Σ κ (ĥ_j − ĥ_k) z·ĝ / Σ κ ĥ_k
-
-    probed: [n] the one step of each path at which z·ĝ, along [n], was taken. now, then: ĥ_k and
-    ĥ_j, [n, N]. κ: paths of steps up to `AROUND` away count, too, less and less, since m changes
-    slowly from step to step. What the paths do not tell from 0 is drawn towards it by m·max(0,
-    1 − e²/m²), e the standard error (James & Stein's positive part).
-    """
-    steps = torch.arange(now.shape[1])
-    rows = torch.arange(len(probed))[probed >= 0]
-    step = probed[rows]
-    gained = ((then - now)[rows, step] * along[rows]).double()
-    near = (AROUND + 1 - (steps[:, None] - step).abs()).clamp(min=0).double()  # [N, n]
-    size = (near @ now[rows, step].double()).clamp(min=LEAST)
-    found = near @ gained / size
-    error = near.square() @ gained.square() / size.square()
-    return (found * (1 - error / found.square().clamp(min=1e-12)).clamp(min=0)).float()
 
 
 def directions(x: Tensor, output_ref: Tensor, table: KernelTable, count: int) -> Tensor | None:

@@ -26,8 +26,7 @@ class Draw:
     x: [n, N+1, ...]. output, output_ref: [n, N, ...] u(x_k) of what drew them, and u_#(x_k). slot:
     [n] int64, which of the pool's prompts. reward: [n]. seen: [n, looks] r of the predicted clean
     samples. log_ratio: [n, N] float64, log p_drawn/p_# of the steps. gradient: [n, ...] ∇r(x_N), or
-    [n, 0] where none is asked for. probed: [n] int64, the step at which the guess was compared with
-    the step's noise, -1: none; along: [n] z_k along the guess's direction there.
+    [n, 0] where none is asked for.
     """
 
     x: Tensor
@@ -38,8 +37,6 @@ class Draw:
     seen: Tensor
     log_ratio: Tensor
     gradient: Tensor
-    probed: Tensor
-    along: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, each with storage of its own."""

@@ -30,7 +30,6 @@ from ..config import Config, ConfigError
 from ..core import kernels, rng
 from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
-from ..core.lookahead import uphill
 from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
 from ..core.types import Judged, Objective, Policy, Pooled, Trajectories, beside
@@ -114,6 +113,7 @@ class PoolCollector(Collector):
     ) -> None:
         super().__init__(policy, table, prompts, config, rank=shelf.rank, world=world)
         self.log_reward = log_reward
+        self.gradients = gradients
         looks = config.pool.looks
         self.looks = critic.looks_at(table.schedule.alpha_bar, looks)
         if looks and not self.looks:
@@ -122,9 +122,9 @@ class PoolCollector(Collector):
                 f"{critic.SEEN[0]} to {critic.SEEN[1]} of signal: set it to 0, or "
                 f"config.sampling.num_steps higher"
             )
-        self.spans = critic.Spans.of(self.looks, table.num_steps, config.pool.ahead)
-        self.guessed = bool(self.looks) and gradients and config.pool.guess_share > 0
-        self.gradients = gradients and not self.looks
+        self.spans, self.to_the_end = (
+            critic.Spans.of(self.looks, table.num_steps, ahead) for ahead in (config.pool.ahead, 0)
+        )
         self.shelf = shelf
         self.slots = self._slots()
         self._base: Draw | None = None
@@ -191,12 +191,19 @@ class PoolCollector(Collector):
             if draw is base:
                 curves = [critic.ExpectedWeight.fit(score, weight) for score in scores.unbind(1)]
             value = critic.values(scores, weight, curves)
-            found.append(critic.judged(value, draw.log_ratio, self.spans, draw is not base))
-        multiple = None
-        if self.guessed:
-            multiple = critic.multiples(base.probed, base.along, *found[0]).to(self.policy.device)
-        now, then = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Judged(now, then, self._directions, multiple)
+            found.append(
+                [
+                    critic.judged(value, draw.log_ratio, spans, draw is not base)
+                    for spans in (self.spans, self.to_the_end)
+                ]
+            )
+        near, far = zip(*found, strict=True)
+        return Judged(
+            torch.cat([now for now, _ in near]),
+            torch.cat([then for _, then in near]),
+            torch.cat([end for _, end in far]),
+            self._directions,
+        )
 
     def _taken(
         self, draw: Draw, shares: Shares, judged: Judged | None, rows: Tensor
@@ -225,7 +232,12 @@ class PoolCollector(Collector):
                 shares.effective,
                 here(draw.gradient) if self.gradients else None,
                 judged
-                and replace(judged, now=over_share(judged.now), then=over_share(judged.then)),
+                and replace(
+                    judged,
+                    now=over_share(judged.now),
+                    then=over_share(judged.then),
+                    end=over_share(judged.end),
+                ),
             ),
         )
 
@@ -306,7 +318,6 @@ class PoolCollector(Collector):
             times=self.table.time.tolist(),
             looks=self.looks,
             gradients=self.gradients,
-            probed=self.guessed,
         )
 
     def _measured(self, slot: Tensor, indices: Tensor, epoch: int | None) -> Draw:
@@ -334,40 +345,7 @@ class PoolCollector(Collector):
         found_of = {"reward": reward, "reward of a prediction": seen, "reward's gradient": gradient}
         for name, value in found_of.items():
             require_finite(float(value.sum()), f"the {name}", "check the reward function")
-        probed, along = self._probed(paths, output_ref, indices if base else indices[:0])
-        return Draw(
-            paths.x.cpu(),
-            output,
-            output_ref,
-            slot,
-            reward,
-            seen,
-            log_ratio,
-            gradient,
-            probed,
-            along,
-        )
-
-    def _probed(
-        self, paths: Trajectories, output_ref: Tensor, indices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One step of each path in turn, and its noise along the guess's direction, [n] each on the
-        CPU. No step, -1, where no guess is wanted: of no indices."""
-        step = torch.full((len(paths.x),), -1)
-        along = torch.zeros(len(paths.x))
-        if not self.guessed or not len(indices):
-            return step, along
-        step = indices % self.table.num_steps
-        size = self.config.training.micro_batch or self.config.training.batch_size
-        raw = self.log_reward.plain()
-        for rows in torch.arange(len(step)).split(size):
-            row, at = beside(rows, paths.x), beside(step[rows], paths.x)
-            x, output = paths.x[row, at], output_ref[rows, step[rows]].to(paths.x.device)
-            k = self.table.at(step[rows], x)
-            noise = kernels.step_noise(x, paths.x[row, at + 1], output, k)
-            towards = uphill(raw, self.policy, x, k, paths.condition[rows])
-            along[rows] = (noise * towards).flatten(1).sum(1).float().cpu()
-        return step, along
+        return Draw(paths.x.cpu(), output, output_ref, slot, reward, seen, log_ratio, gradient)
 
     def _seen(self, paths: Trajectories, output_ref: Tensor) -> Tensor:
         """r of what u_# predicts of the clean sample at each look, [n, looks] on the CPU."""

@@ -19,10 +19,7 @@ almost linear, take the shifted guess instead:
     d̂ = (b/σ)(s²/a)·[ E_#[x_N|x_k + h·β∇r(x_N)] − E_#[x_N|x_k] ]/h
 
 with x_k = a·x_N + s·noise, b the share of x_N in E[x_{k+1}|x_k, x_N], h = s²/a or less, and ∇r at
-the path's own end. A judged step has its own z_k and expected weights in place of ρ_k z̄ and w
-(`training.critic`), and of the guess only its direction ĝ, as far as steps are found to go along
-it: t = (1 − share)[ ĥ_j Πz − ĥ_k Π(z − d†) ] + share·ĥ_k m_k ĝ. Loss terms may be below 0: they
-leave out a constant.
+the path's own end. Loss terms may be below 0: they leave out a constant.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ from torch import Tensor, nn
 from ...core import kernels
 from ...core.kernels import KernelTable, Step
 from ...core.log_reward import LogReward
-from ...core.lookahead import LEAST, Attenuation, attenuation, shifted, uphill
+from ...core.lookahead import LEAST, Attenuation, attenuation, shifted
 from ...core.rollout import SpreadChoice
 from ...core.types import (
     Losses,
@@ -58,7 +55,7 @@ class PoolSignals(Signals):
     control: [M], and end: [M] the weight of the guess, which has ∇r(x_N), gradient [M, ...].
 
     slope: [M] ρ_k. Of judged steps there is none; noise and away are z_k and d† then, [M, ...],
-    along the directions that count, and multiple [M] is how far the guess's direction is followed.
+    along the directions that count.
     """
 
     x_end: Tensor
@@ -70,19 +67,16 @@ class PoolSignals(Signals):
     slope: Tensor | None = None
     noise: Tensor | None = None
     away: Tensor | None = None
-    multiple: Tensor | None = None
     gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Guessing:
-    """The guess near the clean end. cap: of the shift, in units of the noise there. share: of the
-    guess's direction in the aim of a judged step."""
+    """The guess near the clean end. cap: of the shift, in units of the noise there."""
 
     log_reward: LogReward
     mode: Attenuation
     cap: float
-    share: float
 
 
 class ReweightedRegression(Objective):
@@ -134,10 +128,10 @@ class ReweightedRegression(Objective):
             signals,
             weight=pooled.judged.then[row, step],
             control=pooled.judged.now[row, step],
+            end=pooled.judged.end[row, step],
             slope=None,
             noise=noise,
             away=away,
-            multiple=None if pooled.judged.multiple is None else pooled.judged.multiple[step],
         )
 
     def _of_steps(self, chosen: Selection, directions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,21 +201,9 @@ class ReweightedRegression(Objective):
         seen = w * noise - c * (noise - away)
         if self.guessing is None:
             return seen
-        if known.slope is None:
-            return self._with_direction(seen, batch, known, k, self.guessing)
         trust = attenuation(k.here.alpha_bar, self.guessing.mode)
         end = known.end.reshape(k.std.shape)
         return (1 - trust) * seen + trust * end * self.guessed(batch, known, k, self.guessing)
-
-    def _with_direction(
-        self, seen: Tensor, batch: Transitions, known: PoolSignals, k: Step, how: Guessing
-    ) -> Tensor:
-        """Of a judged step: t with its share of the guess's direction."""
-        if known.multiple is None:
-            return seen
-        length = (known.control * known.multiple).reshape(k.std.shape)
-        towards = uphill(how.log_reward.plain(), self.policy, batch.x, k, batch.condition)
-        return (1 - how.share) * seen + how.share * length * towards
 
     def noise(self, batch: Transitions, known: PoolSignals, k: Step) -> tuple[Tensor, Tensor]:
         """ρ_k z̄, or of a judged path the noise z_k that it had, and d† of the same, [M, ...]."""
@@ -253,10 +235,7 @@ class ReweightedRegression(Objective):
 def build_pool(p: Parts) -> Objective:
     """The method nabla-db-pool."""
     guessing = Guessing(
-        p.log_reward,
-        p.config.model.reward_adaptive_mode,
-        p.config.method.shift_cap,
-        p.config.pool.guess_share,
+        p.log_reward, p.config.model.reward_adaptive_mode, p.config.method.shift_cap
     )
     return _build(p, guessing)
 
