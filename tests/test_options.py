@@ -276,7 +276,7 @@ EFFECTS = {
     "method.flow_hint": world(False),
     "method.step_weight": world("one"),
     "method.guess": world("shifted"),
-    "method.shift_cap": method("nabla-db-pool", 0.01),
+    "method.shift_cap": world(0.01, method__guess="shifted"),
     "method.guess_model": world("finetuned", training__num_inner_epochs=2),
     "method.draft_steps": method("draft-k", 1),
     "method.draft_lv_samples": method("draft-lv", 3),
@@ -292,6 +292,8 @@ EFFECTS = {
     "pool.looks": method("reward-weighted", 2),
     "pool.ahead": method("reward-weighted", 0, pool__looks=2),
     "pool.directions": method("reward-weighted", 1, pool__looks=2),
+    "pool.gradient_share": method("nabla-db-pool", 0.5),
+    "pool.gradient_cap": method("nabla-db-pool", 0.01),
     "pool.own_share": method("reward-weighted", 0.5, pool__refresh=1),
     "pool.refresh": method("reward-weighted", 2, pool__own_share=0.5, training__num_epochs=3),
     "pool.keep_draws": method(

@@ -46,7 +46,7 @@ class MethodSettings(Group):
         1.0,
         gt=0,
         description="longest shift of the shifted guess, in standard deviations of the noise in x; "
-        "for method.guess=shifted and nabla-db-pool",
+        "for method.guess=shifted",
     )
     guess_model: Literal["auto", "finetuned", "pretrained"] = Field(
         "auto",

@@ -46,13 +46,26 @@ class PoolSettings(Group):
         description="principal directions, of those in which ends differ that begin at one state, "
         "along which a step's noise is learned from with pool.looks; 0: all",
     )
+    gradient_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="nabla-db-pool: share of the reward's gradient, carried back along the path, "
+        "in what a step aims at; the rest is what its noise says, as in reward-weighted",
+    )
+    gradient_cap: float = Field(
+        1.0,
+        ge=0,
+        description="nabla-db-pool: longest carried gradient, in standard deviations of the step "
+        "(σ_k‖λ_{k+1}‖); longer ones are shortened to it; 0: any length",
+    )
     renoise: float = Field(
         0.2,
         ge=0,
         le=1,
         description="states with a share ᾱ of signal up to this are drawn anew for each use, by "
         "the forward process from the path's next state; above it they are the path's own. 0, and "
-        "with pool.looks: none",
+        "with pool.looks or nabla-db-pool: none",
     )
     own_share: float = Field(
         0.0,

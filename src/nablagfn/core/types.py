@@ -89,8 +89,8 @@ class Pooled:
     booleans, True for the policy's own paths. weight: [B] w/q, their share of the target over the
     probability q by which they were taken; control: [B] 1/q. Both have mean 1 over what is taken.
     slope: [N] ρ_k (`kernels.bridge_slope`). effective: 0..1, the share of the pool that carries the
-    weights. gradient: [B, ...] ∇r(x_N), without β; None where the objective asks for none. judged:
-    over q, too; None without `pool.looks`.
+    weights. gradient: [B, N, ...] λ_{k+1} (`core.bellman`), without β; None where the objective
+    asks for none. judged: over q, too; None without `pool.looks`.
     """
 
     output_ref: Tensor
@@ -366,11 +366,13 @@ class Objective(Protocol):
 
     The trainer calls, per epoch, `observe`; per update, `choose` for each trajectory and `prepare`
     once; then `losses` per micro-batch. Implementations inherit the defaults from here.
-    uses_reward_gradient: False where the reward's values are enough.
+    uses_reward_gradient: False where the reward's values are enough. carries_gradient: whether a
+    pool is to keep the reward's gradient at every state of its paths.
     """
 
     modules: nn.ModuleDict
     uses_reward_gradient: bool = True
+    carries_gradient: bool = False
 
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
         """Which transitions of one trajectory to learn from: integers in 0..num_steps-1."""

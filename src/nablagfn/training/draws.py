@@ -25,8 +25,8 @@ class Draw:
 
     x: [n, N+1, ...]. output, output_ref: [n, N, ...] u(x_k) of what drew them, and u_#(x_k). slot:
     [n] int64, which of the pool's prompts. reward: [n]. seen: [n, looks] r of the predicted clean
-    samples. log_ratio: [n, N] float64, log p_drawn/p_# of the steps. gradient: [n, ...] ∇r(x_N), or
-    [n, 0] where none is asked for.
+    samples. log_ratio: [n, N] float64, log p_drawn/p_# of the steps. gradient: [n, N, ...] λ_{k+1},
+    the reward's gradient carried back to what each step led to; [n, 0] where none is asked for.
     """
 
     x: Tensor

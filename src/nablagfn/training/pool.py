@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..config import Config, ConfigError
 from ..core import kernels, rng
+from ..core.bellman import adjoint, returns
 from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
 from ..core.path_kl import path_ratio
@@ -96,7 +97,8 @@ class PoolCollector(Collector):
     """Takes each epoch's paths from the pool of this process, which it fills when needed.
 
     log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
-    gradients: whether ∇r(x_N) is wanted. shelf: keeps the pool (RUN/pool).
+    gradients: whether ∇r(x_N) is wanted, carried back along the paths. shelf: keeps the pool
+    (RUN/pool).
     """
 
     def __init__(
@@ -160,8 +162,9 @@ class PoolCollector(Collector):
 
     @property
     def fresh(self) -> int:
-        """The number of steps from states that are drawn anew: the noisiest, never the last."""
-        limit = 0.0 if self.looks else self.config.pool.renoise
+        """The number of steps from states that are drawn anew: the noisiest, never the last. None
+        where something is known of the path's own."""
+        limit = 0.0 if self.looks or self.gradients else self.config.pool.renoise
         noisy = int((self.table.schedule.alpha_bar[:-1] <= limit).sum()) if limit else 0
         return min(noisy, self.table.num_steps - 1)
 
@@ -360,20 +363,23 @@ class PoolCollector(Collector):
         return torch.cat(found, 1).cpu()
 
     def _rewards(self, paths: Trajectories) -> tuple[Tensor, Tensor]:
-        """r [n] float32 and ∇r [n, ...] of the ends, on the CPU; [n, 0] without gradients."""
+        """r [n] float32 of the ends and λ_{k+1} [n, N, ...] of all steps, on the CPU; [n, 0]
+        without gradients."""
         raw = self.log_reward.plain()
         rewards, gradients = [], []
         size = self.config.training.micro_batch or self.config.training.batch_size
         for rows in torch.arange(len(paths.condition)).split(size):
-            x, condition = paths.clean[beside(rows, paths.x)], paths.condition[rows]
+            x, condition = paths.x[beside(rows, paths.x)], paths.condition[rows]
             if not self.gradients:
                 with torch.no_grad():
-                    rewards.append(raw(x, condition).float().cpu())
+                    rewards.append(raw(x[:, -1], condition).float().cpu())
                 continue
             with torch.enable_grad():
-                found = differentiated(raw, x.detach(), condition)
+                found = differentiated(raw, x[:, -1].detach(), condition)
             rewards.append(found.value.float().cpu())
-            gradients.append(found.gradient.cpu())
+            first = torch.zeros(len(x), dtype=torch.long)
+            carried = returns(self.policy, self.table, x, first, condition, found.gradient, adjoint)
+            gradients.append(carried.mixed[:, 1:].cpu())
         reward = torch.cat(rewards)
         return reward, torch.cat(gradients) if self.gradients else reward.new_zeros(len(reward), 0)
 
@@ -390,7 +396,7 @@ def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int
         parts.prompts,
         parts.config,
         log_reward=parts.log_reward,
-        gradients=objective.uses_reward_gradient,
+        gradients=objective.carries_gradient,
         shelf=shelf,
         world=world,
     )

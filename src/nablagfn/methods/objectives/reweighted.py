@@ -1,25 +1,31 @@
 """Regression on the paths of a pool, weighted by their share of the target: nabla-db-pool and
 reward-weighted.
 
-In units of σ_k the policy moves the mean of a step by d, and x_N says of the step's noise z̄:
+In units of σ_k the policy moves the mean of a step by d:
 
-    d(x_k) = (c2/σ)(u_θ − u_#)(x_k),      z̄ = (E[x_{k+1}|x_k, x_N] − m_#(x_k))/σ
+    d(x_k) = (c2/σ)(u_θ − u_#)(x_k),      loss = (ω_k/σ_k)² ( w‖d‖² − 2 d·t )
 
-    loss = (ω_k/σ_k)² ( w‖d‖² − 2 d·t ),   t = (1 − γ_k)[ w ρ_k z̄ − c (ρ_k z̄ − d†) ] + γ_k w d̂
+w: the path's weight in the target, exp(βr)·p_#/p_drawn. The minimiser is E[t|x_k]/E[w|x_k], and the
+target's own step is d* = σ_k ∇ log E[w|x_{k+1}]. There are two ways to it.
 
-w: the path's weight in the target, exp(βr)·p_#/p_drawn; ρ_k: how much of z̄ the sampler's own steps
-follow, measured on its paths (`kernels.bridge_slope`); d†: d of what drew the path, so that
-ρ_k z̄ − d† has about mean 0 given x_k and may be taken off with any factor that does not depend on
-x_N: c = 1. It takes the pretrained model's own errors out of the regression, and variance. Without
-γ (the method reward-weighted) the minimiser is E[w ρ_k z̄|x_k]/E[w|x_k], the step of the target as
-far as ρ_k z̄ stands for the step's noise, for any reward, and no gradient of it is needed. With
-γ_k = ᾱ_k (nabla-db-pool) the steps near the clean end, where z̄ is almost noise alone and the reward
-almost linear, take the shifted guess instead:
+nabla-db-pool differentiates along the path. What the weight does when x_{k+1} is moved, with the
+noise of all later steps as it was, is the reward's gradient carried back through the frozen model:
 
-    d̂ = (b/σ)(s²/a)·[ E_#[x_N|x_k + h·β∇r(x_N)] − E_#[x_N|x_k] ]/h
+    t = w·cap(σ_k λ_{k+1}),      λ_N = β∇r(x_N),      λ_k = J_{m_#}(x_k)ᵀ λ_{k+1}
 
-with x_k = a·x_N + s·noise, b the share of x_N in E[x_{k+1}|x_k, x_N], h = s²/a or less, and ∇r at
-the path's own end. Loss terms may be below 0: they leave out a constant.
+(the lean adjoint of Domingo-Enrich et al. 2025, arXiv 2409.08861, whose loss this is for w = 1).
+cap shortens what is longer than so many standard deviations of the step: a path that crosses from
+one mode to another has a gradient a hundred times as long as others.
+
+reward-weighted asks the noise, and needs no gradient of the reward. x_N says of the step's noise
+
+    z̄ = (E[x_{k+1}|x_k, x_N] − m_#(x_k))/σ,      t = w ρ_k z̄ − c (ρ_k z̄ − d†),      c = 1
+
+ρ_k: how much of z̄ the sampler's own steps follow, measured on its paths (`kernels.bridge_slope`);
+d†: d of what drew the path, so that ρ_k z̄ − d† has about mean 0 given x_k and may be taken off with
+any factor that does not depend on x_N. It takes the pretrained model's own errors out of the
+regression, and variance. A judged step has its own noise z_k and expected weights in place of ρ_k z̄
+and w (`training.critic`). Loss terms may be below 0: they leave out a constant.
 """
 
 from __future__ import annotations
@@ -33,7 +39,6 @@ from torch import Tensor, nn
 from ...core import kernels
 from ...core.kernels import KernelTable, Step
 from ...core.log_reward import LogReward
-from ...core.lookahead import LEAST, Attenuation, attenuation, shifted
 from ...core.rollout import SpreadChoice
 from ...core.types import (
     Losses,
@@ -52,7 +57,8 @@ from ..parts import Parts
 class PoolSignals(Signals):
     """Of each transition's path: x_end [M, ...] x_N, output_ref and output_old [M, ...] of u_# and
     of what drew it, where x_k is the path's own; known: [M] whether it is, on the CPU. weight,
-    control: [M], and end: [M] the weight of the guess, which has ∇r(x_N), gradient [M, ...].
+    control: [M], and end: [M] the weight of the carried gradient λ_{k+1} for β = 1, gradient
+    [M, ...].
 
     slope: [M] ρ_k. Of judged steps there is none; noise and away are z_k and d† then, [M, ...],
     along the directions that count.
@@ -71,16 +77,25 @@ class PoolSignals(Signals):
 
 
 @dataclass(frozen=True)
-class Guessing:
-    """The guess near the clean end. cap: of the shift, in units of the noise there."""
+class Carrying:
+    """How the gradient that is carried along a path is used. share: of it in what is aimed at, the
+    rest being what the noise says. cap: its length at most, in σ_k; 0: any."""
 
     log_reward: LogReward
-    mode: Attenuation
+    share: float
     cap: float
+
+    def aim(self, gradient: Tensor, k: Step) -> Tensor:
+        """cap(σ_k βλ_{k+1}), [M, ...], from λ_{k+1} [M, ...] for β = 1."""
+        found = k.std * self.log_reward.of(gradient)
+        if not self.cap:
+            return found
+        length = found.flatten(1).norm(dim=1).reshape(-1, *([1] * (found.ndim - 1)))
+        return found * (self.cap / length.clamp(min=self.cap))
 
 
 class ReweightedRegression(Objective):
-    """guessing: None for the weighted regression alone. fraction: of each path's steps."""
+    """carrying: None for what the noise says alone. fraction: of each path's steps."""
 
     def __init__(
         self,
@@ -89,14 +104,14 @@ class ReweightedRegression(Objective):
         *,
         weight: StepWeight,
         fraction: float,
-        guessing: Guessing | None = None,
+        carrying: Carrying | None = None,
     ) -> None:
         self.policy = policy
         self.table = table
         self.weight = weight
         self.steps = SpreadChoice(fraction)
-        self.guessing = guessing
-        self.uses_reward_gradient = guessing is not None
+        self.carrying = carrying
+        self.uses_reward_gradient = self.carries_gradient = carrying is not None
         self.modules = nn.ModuleDict()
 
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
@@ -119,7 +134,7 @@ class ReweightedRegression(Objective):
             torch.where(drawn, 0.0, chosen.of_each(pooled.control)),  # d† is unknown there
             weight,
             pooled.slope[step],
-            gradient=None if pooled.gradient is None else chosen.of_each(pooled.gradient),
+            gradient=None if pooled.gradient is None else pooled.gradient[row, step],
         )
         if pooled.judged is None:
             return signals
@@ -196,14 +211,17 @@ class ReweightedRegression(Objective):
 
     def aimed(self, batch: Transitions, known: PoolSignals, k: Step) -> Tensor:
         """t, [M, ...], without a graph."""
-        noise, away = self.noise(batch, known, k)
-        w, c = known.weight.reshape(k.std.shape), known.control.reshape(k.std.shape)
-        seen = w * noise - c * (noise - away)
-        if self.guessing is None:
-            return seen
-        trust = attenuation(k.here.alpha_bar, self.guessing.mode)
-        end = known.end.reshape(k.std.shape)
-        return (1 - trust) * seen + trust * end * self.guessed(batch, known, k, self.guessing)
+        share = self.carrying.share if self.carrying else 0.0
+        found = torch.zeros_like(batch.x)
+        if share < 1:
+            noise, away = self.noise(batch, known, k)
+            w, c = known.weight.reshape(k.std.shape), known.control.reshape(k.std.shape)
+            found = (1 - share) * (w * noise - c * (noise - away))
+        if self.carrying and share:
+            assert known.gradient is not None
+            end = known.end.reshape(k.std.shape)
+            found = found + share * end * self.carrying.aim(known.gradient, k)
+        return found
 
     def noise(self, batch: Transitions, known: PoolSignals, k: Step) -> tuple[Tensor, Tensor]:
         """ρ_k z̄, or of a judged path the noise z_k that it had, and d† of the same, [M, ...]."""
@@ -214,30 +232,11 @@ class ReweightedRegression(Objective):
         slope = known.slope.to(seen.dtype).reshape(k.std.shape)
         return slope * seen, kernels.moved_mean(batch.output_old, known.output_ref, k)
 
-    def guessed(self, batch: Transitions, known: PoolSignals, k: Step, how: Guessing) -> Tensor:
-        """d̂, [M, ...], without a graph; 0 where a = 0."""
-        assert known.gradient is not None
-        slope = how.log_reward.of(known.gradient)
-        x_clean = kernels.predict_clean(batch.x, known.output_ref, k.here)
-
-        def change(shift: Tensor) -> Tensor:
-            x = batch.x + shift
-            with self.policy.reference():
-                output = self.policy.output(x, k.here.time, batch.condition)
-            return kernels.predict_clean(x, output, k.here) - x_clean
-
-        found = shifted(slope, k.here, how.cap, change)
-        a, s = k.here.end_scale, k.here.end_std
-        whole = torch.where(a > 0, s.square() / a.clamp(min=LEAST), 0.0)
-        return k.bridge_end / k.std * whole * found
-
 
 def build_pool(p: Parts) -> Objective:
     """The method nabla-db-pool."""
-    guessing = Guessing(
-        p.log_reward, p.config.model.reward_adaptive_mode, p.config.method.shift_cap
-    )
-    return _build(p, guessing)
+    s = p.config.pool
+    return _build(p, Carrying(p.log_reward, s.gradient_share, s.gradient_cap))
 
 
 def build_reward_weighted(p: Parts) -> Objective:
@@ -245,11 +244,11 @@ def build_reward_weighted(p: Parts) -> Objective:
     return _build(p, None)
 
 
-def _build(p: Parts, guessing: Guessing | None) -> Objective:
+def _build(p: Parts, carrying: Carrying | None) -> Objective:
     return ReweightedRegression(
         p.policy,
         p.table,
         weight=p.weight("std"),
         fraction=p.config.model.timestep_fraction,
-        guessing=guessing,
+        carrying=carrying,
     )
