@@ -49,6 +49,13 @@ class Draw:
     def of(tensors: dict[str, Tensor]) -> Draw:
         return Draw(**{"output": tensors["output_ref"], **tensors})
 
+    def at(self, rows: Tensor) -> Draw:
+        """The paths `rows` [m]."""
+        picked = {part.name: getattr(self, part.name)[rows] for part in fields(self)}
+        if self.output is self.output_ref:
+            picked["output"] = picked["output_ref"]
+        return Draw(**picked)
+
     @staticmethod
     def cat(parts: Sequence[Draw]) -> Draw:
         values = {

@@ -74,6 +74,16 @@ def slopes(draw: Draw, table: KernelTable) -> Tensor:
     return torch.tensor(found)
 
 
+def picked(draws: Sequence[Draw], rows: Tensor) -> Draw:
+    """The paths `rows` [m], ascending, of all draws together."""
+    ends = torch.tensor([len(draw.slot) for draw in draws]).cumsum(0)
+    parts = []
+    for draw, end in zip(draws, ends.tolist(), strict=True):
+        start = end - len(draw.slot)
+        parts.append(draw.at(rows[(rows >= start) & (rows < end)] - start))
+    return Draw.cat(parts)
+
+
 @dataclass(frozen=True)
 class Shares:
     """weight: [n] w, mean 1 over each prompt's paths. probability: [n] q of being taken, mean 1."""
@@ -149,15 +159,16 @@ class PoolCollector(Collector):
     def collect(self, epoch: int, between: Between = ignored) -> Trajectories:
         """This epoch's paths, by their share of the target (`Shares`)."""
         draws = self._filled(epoch, between)
-        draw = Draw.cat(draws) if len(draws) > 1 else draws[0]
-        shares = Shares.of(self._log_weight(draw), draw.slot, self.config.pool.tilt)
+        slot = torch.cat([draw.slot for draw in draws])
+        log_weight = torch.cat([self._log_weight(draw) for draw in draws])
+        shares = Shares.of(log_weight, slot, self.config.pool.tilt)
         judged = self._judged(draws) if self.looks else None
         s = self.config.sampling
         generator = rng.generator(self.config.seed, "pool", epoch, self.rank)
         u = float(torch.rand(1, generator=generator, dtype=torch.float64))
         share = shares.probability.double()
         rows = systematic(share / share.sum(), s.batch_size * s.num_batches_per_epoch, u)
-        taken = self._taken(draw, shares, judged, rows)
+        taken = self._taken(picked(draws, rows), shares, judged, rows)
         return self._renoised(taken, rng.generator(self.config.seed, "renoise", epoch, self.rank))
 
     @property
@@ -211,15 +222,15 @@ class PoolCollector(Collector):
     def _taken(
         self, draw: Draw, shares: Shares, judged: Judged | None, rows: Tensor
     ) -> Trajectories:
-        """The paths `rows`, on the policy's device."""
+        """The paths `draw`, `rows` of the pool, on the policy's device."""
 
         def here(value: Tensor) -> Tensor:
-            return value[rows].to(self.policy.device, non_blocking=True)
+            return value.to(self.policy.device, non_blocking=True)
 
         def over_share(value: Tensor) -> Tensor:
-            return here(value / shares.probability[:, None])
+            return here((value / shares.probability[:, None])[rows])
 
-        asked = [self.slots[i] for i in draw.slot[rows].tolist()]
+        asked = [self.slots[i] for i in draw.slot.tolist()]
         return Trajectories(
             here(draw.x),
             here(draw.output),
@@ -228,8 +239,8 @@ class PoolCollector(Collector):
             Pooled(
                 here(draw.output_ref),
                 (rows >= self.config.pool.size).to(self.policy.device),  # own ones come after
-                here(shares.weight / shares.probability),
-                here(1 / shares.probability),
+                here((shares.weight / shares.probability)[rows]),
+                here((1 / shares.probability)[rows]),
                 self._slope.to(self.policy.device),
                 self.fresh,
                 shares.effective,
