@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core import kernels
+from nablagfn.core.bellman import adjoint, returns
 from nablagfn.core.kernels import KernelTable
 from nablagfn.core.log_reward import LogReward, terminal_gradient
 from nablagfn.core.rollout import noise_of, replay, rollout
@@ -90,7 +91,7 @@ def problem() -> Problem:
 def pooled_of(
     world: MixtureWorld, table: KernelTable, drawn: Trajectories, reward: Tensor
 ) -> Pooled:
-    """What a pool would know of these paths: some weights, u_# and ∇r."""
+    """What a pool would know of these paths: some weights, u_# and ∇r carried back."""
     with world.reference(), torch.no_grad():
         ref = [
             world.output(drawn.x[:, k], table.time[k].expand(len(reward)), drawn.condition)
@@ -98,10 +99,17 @@ def pooled_of(
         ]
     weight = torch.linspace(0.2, 1.9, len(reward), dtype=torch.float64)
     raw = LogReward(world, tilt, 1.0)
-    gradient = terminal_gradient(raw, drawn.clean, drawn.condition)
+    end = terminal_gradient(raw, drawn.clean, drawn.condition)
+    first = torch.zeros(len(reward), dtype=torch.long)
+    carried = returns(world, table, drawn.x, first, drawn.condition, end, adjoint)
     own = torch.zeros(len(reward), dtype=torch.bool)
     return Pooled(
-        torch.stack(ref, 1), own, weight, 2 - weight, torch.linspace(0.5, 1, N), gradient=gradient
+        torch.stack(ref, 1),
+        own,
+        weight,
+        2 - weight,
+        torch.linspace(0.5, 1, N),
+        gradient=carried.mixed[:, 1:],
     )
 
 
@@ -748,7 +756,7 @@ COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n,
     ("nabla-db-lambda", ""): lambda n, k, c: (6 * n - 2, 2 * n),
     ("nabla-db-lambda", "method.return_lambda=0.5"): lambda n, k, c: (5 * n - 1, n + 1),
     ("nabla-db-lambda", "method.return_lambda=1"): lambda n, k, c: (4 * n - 1, 1),
-    ("nabla-db-pool", "pool.renoise=0"): lambda n, k, c: (3 * n, 1),  # and 1 decode of the pool
+    ("nabla-db-pool", ""): lambda n, k, c: (4 * n, 1),  # half of it back along the pool's paths
     ("reward-weighted", "pool.renoise=0"): lambda n, k, c: (2 * n, 1),
     ("adjoint-matching", ""): lambda n, k, c: (4 * n - 1, 1),
     ("terminal-gradient", ""): lambda n, k, c: (3 * n, 1),

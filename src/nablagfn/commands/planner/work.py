@@ -69,11 +69,13 @@ def work_of(config: Config) -> Work:
     batch = chosen.transitions(objective.prepare(chosen))
     objective.losses(batch).total().sum().backward()
     c = counts
+    carried = asked.sampling.num_steps * filling.backward if filling else 0.0
+    carried *= objective.carries_gradient  # back along each path of the pool, once
     share = filling or Filling(evaluations=0.0, decodes=1.0, backward=0.0)  # the reward, once
     return Work(
         len(batch) / paths,
-        (c.model - c.model_backward) / paths + share.evaluations,
-        c.model_backward / paths,
+        (c.model - c.model_backward) / paths + share.evaluations + carried,
+        c.model_backward / paths + carried,
         c.decode / paths + share.decodes,
         c.decode_backward / paths + share.backward * objective.uses_reward_gradient,
         flow.forward / paths,
@@ -87,7 +89,7 @@ class Filling:
 
     evaluations: float
     decodes: float
-    backward: float
+    backward: float  # from the reward
 
     @staticmethod
     def of(config: Config) -> Filling:
