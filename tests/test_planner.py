@@ -154,13 +154,12 @@ def test_work_is_what_the_methods_page_says() -> None:
 
 
 def test_a_pool_is_drawn_once_and_shared_by_all_updates() -> None:
-    """500 paths of 50 steps for 2,000 uses; with ∇r at each end, and 2 decodes less an update."""
+    """500 paths of 50 steps for 2,000 uses, and back along each; 2 decodes less an update."""
     config = Config()
     for key, value in {
         "experiment.method": "nabla-db-pool",
         "pool.size": 500,
         "pool.images_per_prompt": 10,
-        "pool.renoise": 0.0,
         "training.num_epochs": 125,
         "sampling.batch_size": 16,
         "sampling.num_batches_per_epoch": 1,
@@ -170,13 +169,13 @@ def test_a_pool_is_drawn_once_and_shared_by_all_updates() -> None:
         set_option(config, key, value)
     work = planner.work_of(config)
     assert work.transitions == 5
-    assert work.eps + work.eps_backward == 50 * 500 / 2000 + 3 * 5
+    assert work.eps + work.eps_backward == (50 + 50 + 49) * 500 / 2000 + 2 * 5
     assert (work.decode, work.decode_backward) == (0.25, 0.25)
     assert planner.update_passes(config, work)["drawing"].forward == 16 * 50 * 500 / 2000
     set_option(config, "pool.own_share", 0.5)
     set_option(config, "pool.refresh", 31)  # at the epochs 31, 62, 93 and 124
     own = planner.work_of(config)
-    assert own.eps - work.eps == 4 * 250 * 2 * 50 / 2000
+    assert own.eps - work.eps == 4 * 250 * 3 * 50 / 2000
     set_option(config, "experiment.method", "reward-weighted")
     set_option(config, "pool.own_share", 0.0)
     assert planner.work_of(config).decode_backward == 0

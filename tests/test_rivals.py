@@ -756,7 +756,7 @@ COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n,
     ("nabla-db-lambda", ""): lambda n, k, c: (6 * n - 2, 2 * n),
     ("nabla-db-lambda", "method.return_lambda=0.5"): lambda n, k, c: (5 * n - 1, n + 1),
     ("nabla-db-lambda", "method.return_lambda=1"): lambda n, k, c: (4 * n - 1, 1),
-    ("nabla-db-pool", ""): lambda n, k, c: (4 * n, 1),  # half of it back along the pool's paths
+    ("nabla-db-pool", ""): lambda n, k, c: (4 * n - 1, 1),  # 2n − 1 of it back along the pool
     ("reward-weighted", "pool.renoise=0"): lambda n, k, c: (2 * n, 1),
     ("adjoint-matching", ""): lambda n, k, c: (4 * n - 1, 1),
     ("terminal-gradient", ""): lambda n, k, c: (3 * n, 1),

@@ -69,13 +69,13 @@ def work_of(config: Config) -> Work:
     batch = chosen.transitions(objective.prepare(chosen))
     objective.losses(batch).total().sum().backward()
     c = counts
-    carried = asked.sampling.num_steps * filling.backward if filling else 0.0
-    carried *= objective.carries_gradient  # back along each path of the pool, once
+    back = filling.backward if filling and objective.carries_gradient else 0.0
+    carried = asked.sampling.num_steps * back  # along each path of the pool, once, but its start
     share = filling or Filling(evaluations=0.0, decodes=1.0, backward=0.0)  # the reward, once
     return Work(
         len(batch) / paths,
         (c.model - c.model_backward) / paths + share.evaluations + carried,
-        c.model_backward / paths + carried,
+        c.model_backward / paths + carried - back,
         c.decode / paths + share.decodes,
         c.decode_backward / paths + share.backward * objective.uses_reward_gradient,
         flow.forward / paths,
