@@ -1,6 +1,7 @@
-"""What each estimate says that a run's steps are worth, on the pretrained paths of its pool.
+"""What each estimate says that a run's steps are worth, on pretrained paths of a pool with looks.
 
-    python tools/judged_steps.py RUN            # minutes on one core; RUN has a pool with looks
+    python tools/judged_steps.py RUN                        # of its own pool; minutes on one core
+    python tools/judged_steps.py RUN --paths-of OTHER       # of another run's: held out
 
 d(x_k) is how a checkpoint moves the mean of a step, in units of σ_k. What it is worth is
 E[w z·d] − ½E[w‖d‖²], summed over the steps: so much nearer it brings the target (KL(p*‖p_θ), nats).
@@ -20,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from nablagfn.commands.assemble import build_trainer
+from nablagfn.commands.assemble import build_policy, build_trainer
 from nablagfn.core import kernels
 from nablagfn.core.types import Judged, Policy
 from nablagfn.runs.runfolder import RunFolder
@@ -69,15 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", help="its folder's name (default: the newest)")
+    parser.add_argument("--paths-of", type=Path, help="another run, whose pool is used")
     parser.add_argument("--paths", type=int, default=1800, help="of the pool, at most")
     given = parser.parse_args(arguments)
     folder = RunFolder(given.run)
-    trainer = build_trainer(folder.config(), folder)
-    made = trainer.collector
-    if not isinstance(made, PoolCollector) or not made.looks:
-        parser.error(f"{given.run} has no pool with looks: give a run with config.pool.looks=6")
+    policy = build_policy(folder.config(), torch.device("cpu"))
     names = sorted(path.name for path in folder.checkpoints.iterdir() if path.is_dir())
-    load_policy(trainer.policy, folder.checkpoints / (given.checkpoint or names[-1]))
+    load_policy(policy, folder.checkpoints / (given.checkpoint or names[-1]))
+    pool = RunFolder(given.paths_of or given.run)
+    made = build_trainer(pool.config(), pool).collector
+    if not isinstance(made, PoolCollector) or not made.looks:
+        parser.error(f"{pool.path} has no pool with looks: give a run with config.pool.looks=6")
     (whole,) = made._filled(0, ignored)
     rows = torch.arange(0, len(whole.x), max(1, len(whole.x) // given.paths))
     draw = Draw(**{name: value[rows] for name, value in vars(whole).items()})
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total: dict[str, float] = {}
     error: dict[str, float] = {}
     for step in range(made.table.num_steps):
-        d = moved(trainer.policy, made, draw, step)
+        d = moved(policy, made, draw, step)
         found = estimates(made, draw, weight, judged, d, step)
         if not step:
             print("| step | " + " | ".join(found) + " |\n|---" + "|---" * len(found) + "|")
