@@ -176,8 +176,12 @@ def test_a_pool_is_drawn_once_and_shared_by_all_updates() -> None:
     set_option(config, "pool.refresh", 31)  # at the epochs 31, 62, 93 and 124
     own = planner.work_of(config)
     assert own.eps - work.eps == 4 * 250 * 3 * 50 / 2000
-    set_option(config, "experiment.method", "reward-weighted")
     set_option(config, "pool.own_share", 0.0)
+    set_option(config, "experiment.method", "terminal-gradient")
+    set_option(config, "training.source", "pool")
+    assert planner.work_of(config).decode_backward == 1, "its own, and nothing of the pool"
+    set_option(config, "training.source", "auto")
+    set_option(config, "experiment.method", "reward-weighted")
     assert planner.work_of(config).decode_backward == 0
     set_option(config, "pool.looks", 6)
     assert planner.work_of(config).decode == 7 * 0.25

@@ -448,6 +448,59 @@ def test_a_pool_keeps_the_gradient_at_what_each_step_led_to(tmp_path: Path) -> N
         )
 
 
+def test_a_transition_has_the_gradient_of_what_its_own_step_led_to(tmp_path: Path) -> None:
+    made = trainer(options(tmp_path, experiment__method="nabla-db-pool"))
+    drawn = made.collector.collect(0)
+    chosen, batch = transitions(made, drawn, 0)
+    signals, pooled = batch.signals, chosen.paths.pooled
+    assert isinstance(signals, PoolSignals) and signals.gradient is not None
+    assert pooled is not None and pooled.gradient is not None and signals.known is None
+    for i, (row, step) in enumerate(zip(chosen.row.tolist(), chosen.step.tolist(), strict=True)):
+        assert torch.equal(signals.gradient[i], pooled.gradient[row, step])
+    made.counts.take()
+    made.objective.losses(batch)
+    assert made.counts.take()["model_evals"] == len(batch), "u_# is known"
+
+
+def test_paths_without_carried_gradients_are_drawn_again(tmp_path: Path) -> None:
+    """Also those of a release that kept the gradient at the end alone, or of the other method."""
+    made = collector(options(), tmp_path, gradients=True)
+    made.collect(0)
+    (file, *_) = sorted((tmp_path / "pool").glob("*.safetensors"))
+    before = file.read_bytes()
+    collector(options(), tmp_path).collect(0)
+    assert file.read_bytes() != before
+    collector(options(), tmp_path, gradients=True).collect(0)
+    assert file.read_bytes() == before
+
+
+def test_without_a_share_of_the_gradient_none_is_asked_for(tmp_path: Path) -> None:
+    config = options(tmp_path, experiment__method="nabla-db-pool", pool__gradient_share=0.0)
+    made = trainer(config)
+    assert not made.objective.carries_gradient and not made.objective.uses_reward_gradient
+    assert isinstance(made.collector, PoolCollector) and made.collector.fresh > 0
+
+
+def test_filling_goes_on_with_fewer_rows_where_memory_runs_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = collector(options(), tmp_path / "whole", gradients=True).collect(0)
+    made = collector(options(), tmp_path / "small", gradients=True)
+    plain = made._rewards_by
+
+    def small(paths: Trajectories, size: int) -> tuple[Tensor, Tensor]:
+        if size > 2:
+            raise torch.OutOfMemoryError
+        return plain(paths, size)
+
+    made._rewards_by = small  # type: ignore[method-assign]
+    found = made.collect(0)
+    assert found.pooled is not None and whole.pooled is not None
+    assert found.pooled.gradient is not None and whole.pooled.gradient is not None
+    torch.testing.assert_close(found.pooled.gradient, whole.pooled.gradient)
+    assert made._rows <= 2 and "out of memory" in capsys.readouterr().out
+
+
 def test_a_run_of_nabla_db_pool_goes_on_bit_for_bit(tmp_path: Path) -> None:
     more = {
         "experiment__method": "nabla-db-pool",

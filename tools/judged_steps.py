@@ -12,6 +12,7 @@ the noise that the path's end tells of it, ρz̄ (`pool.looks=0`); and judged by
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from nablagfn.commands.assemble import build_policy, build_trainer
 from nablagfn.core import kernels
 from nablagfn.core.types import Judged, Policy
+from nablagfn.methods.build import build_kernel
 from nablagfn.runs.runfolder import RunFolder
 from nablagfn.training.checkpoint import load_policy
 from nablagfn.training.collect import ignored
@@ -79,11 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load_policy(policy, folder.checkpoints / (given.checkpoint or names[-1]))
     pool = RunFolder(given.paths_of or given.run)
     made = build_trainer(pool.config(), pool).collector
+    if build_kernel(folder.config(), policy).time.tolist() != made.table.time.tolist():
+        parser.error(f"{pool.path} has other steps than {folder.path}")
     if not isinstance(made, PoolCollector) or not made.looks:
         parser.error(f"{pool.path} has no pool with looks: give a run with config.pool.looks=6")
     (whole,) = made._filled(0, ignored)
-    rows = torch.arange(0, len(whole.x), max(1, len(whole.x) // given.paths))
-    draw = Draw(**{name: value[rows] for name, value in vars(whole).items()})
+    draw = whole.at(torch.arange(0, len(whole.x), math.ceil(len(whole.x) / given.paths)))
     weight, judged = mean_one(made._log_weight(draw), draw.slot), made._judged([draw])
     total: dict[str, float] = {}
     error: dict[str, float] = {}

@@ -114,8 +114,9 @@ def upper(values: Sequence[float]) -> float:
 
 def measured(run: RunFolder) -> Found:
     """Of the last checkpoint; the worst prompt of each draw. Kept in the run's folder."""
+    asked = {**SETTING, "updates": UPDATES, "rows": ROWS, "draws": DRAWS, "seed": SEED}
     known = run.read_json(RESULT)
-    if known:
+    if known and known["asked"] == asked:
         return Found(tuple(known["mmd"]), tuple(known["kl"]))
     config = run.config()
     policy = build_policy(config, torch.device("cpu"))
@@ -124,7 +125,7 @@ def measured(run: RunFolder) -> Found:
     table = build_kernel(config, policy)
     draws = [drawn(policy, table, SEED + number) for number in range(DRAWS)]
     found = Found(tuple(mmd for mmd, _ in draws), tuple(kl for _, kl in draws))
-    run.write_json(RESULT, asdict(found))
+    run.write_json(RESULT, {**asdict(found), "asked": asked})
     return found
 
 
@@ -144,9 +145,10 @@ def drawn(policy: WorldPolicy, table: KernelTable, seed: int) -> tuple[float, fl
 HEAD = """# One setting in twelve worlds
 
 Written by `tools/twelve_worlds.py` from {done} of {wanted} runs. Method `reward-weighted` with the
-policy's own paths (docs/pool.md): a pool of 16,384 paths of the pretrained model for each prompt,
-4,096 of the policy's own every 100 updates, the last two draws of them; {updates:,} updates of 256
-paths, learning rate 4e-3 with a cosine. The same in every world.
+policy's own paths (docs/pool.md), the same in every world: `pool.size` {base:,} for each prompt,
+{updates:,} updates, the learning rate with a cosine, and
+
+    {setting}
 
 The setting was chosen by single runs in the first nine. The last three are **held out**: it was
 committed before they were first trained for more than two updates.
@@ -187,6 +189,8 @@ def write(out: Path, page: Path) -> None:
         done=done,
         wanted=len(SEEDS) * len(rows),
         updates=UPDATES,
+        base=BASE,
+        setting="\n    ".join(f"--config.{key}={value}" for key, value in SETTING.items()),
         within=sum(within),
         judged=len(within),
         held=held,

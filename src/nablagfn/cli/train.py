@@ -155,10 +155,12 @@ def shares_in_words(name: str, share: LabelShares) -> str:
 
 
 def reached_in_words(beside: Reached) -> list[str]:
-    """One line, or none where the target has no more reward than the pretrained model. An
+    """One line, or none where the target has hardly more reward than the pretrained model. An
     efficiency that so few samples put outside of 0..1 is left out."""
     if beside.gain_reached is None:
         return []
+    if beside.gain_reached < 0:
+        return [f"moved away from the target, by {-beside.gain_reached:.0%} of its gain"]
     said = f"reached {beside.gain_reached:.0%} of the target's gain"
     if beside.efficiency is not None and 0 <= beside.efficiency <= 1:
         said += f", with {beside.efficiency:.1%} efficiency"

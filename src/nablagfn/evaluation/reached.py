@@ -22,7 +22,7 @@ from .figures import Measured
 from .samples import Sample
 from .target import indicator, indicators, target_row
 
-NO_GAIN = 1e-12  # of the target's mean reward: nothing of so little can be reached
+LEAST_GAIN = 0.05  # standard deviations of the rewards: a part of less says nothing
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def reached(before: DrawnSamples, after: DrawnSamples, beta: float) -> Reached |
     start = float(tilting.plain_mean(rewards, groups))
     gained = float(tilting.plain_mean(finetuned, groups)) - start
     wanted = row.reward.value - start
+    least = LEAST_GAIN * float(rewards.std(correction=0))
     paid = {name: float(figure(None)) for name, figure in spent(model, base, groups).items()}
     return Reached(
         beta=beta,
@@ -101,7 +102,7 @@ def reached(before: DrawnSamples, after: DrawnSamples, beta: float) -> Reached |
         target_kl=row.kl.value if known else None,
         target_diversity=number_or_none(row.diversity.value) if known else None,
         target_recognised=recognised.value if known and recognised else None,
-        gain_reached=gained / wanted if known and wanted > NO_GAIN else None,
+        gain_reached=gained / wanted if known and wanted > least else None,
         least_kl=number_or_none(paid["least_kl"]),
         efficiency=number_or_none(paid["efficiency"]),
         shares=shares_of(before, after, targets if known else {}),

@@ -9,7 +9,8 @@ paths), the weighted paths are the target's: for every function f of a path
 Weights are divided by their mean over a prompt's paths. The paths themselves are kept, with
 u_#(x_k), and not their ends alone: noise that is added to an end makes states that the pretrained
 sampler does not visit, but at its noisy steps (docs/pool.md). There, up to `pool.renoise`, states
-are drawn anew for each use, so that they are not learned by heart.
+are drawn anew for each use, so that they are not learned by heart, where nothing is known of the
+path's own (`PoolCollector.fresh`).
 
 RUN/pool/rank00_base_00.safetensors          the pretrained model's paths of a process, in parts
 RUN/pool/rank00_epoch00010_00.safetensors    the policy's own, drawn at the start of that epoch
@@ -38,6 +39,7 @@ from ..methods.parts import Parts
 from ..methods.registry import source_of
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
+from ..runtime import backoff
 from . import critic
 from .collect import Between, Collector, ignored
 from .draws import Draw, Shelf, identity
@@ -143,6 +145,7 @@ class PoolCollector(Collector):
         self._slope = torch.ones(table.num_steps)
         self._directions: Tensor | None = None
         self._own: dict[int, Draw] = {}  # by epoch
+        self._rows = config.training.micro_batch or config.training.batch_size
 
     def _slots(self) -> tuple[str, ...]:
         """The prompts of this process's pool: those of the set in shuffled rounds."""
@@ -331,7 +334,7 @@ class PoolCollector(Collector):
             seed=self.config.seed,
             times=self.table.time.tolist(),
             looks=self.looks,
-            gradients=self.gradients,
+            gradients="carried" if self.gradients else "none",
         )
 
     def _measured(self, slot: Tensor, indices: Tensor, epoch: int | None) -> Draw:
@@ -376,9 +379,16 @@ class PoolCollector(Collector):
     def _rewards(self, paths: Trajectories) -> tuple[Tensor, Tensor]:
         """r [n] float32 of the ends and λ_{k+1} [n, N, ...] of all steps, on the CPU; [n, 0]
         without gradients."""
+        if self.policy.together:  # other processes make the same passes
+            return self._rewards_by(paths, self._rows)
+        found = backoff.fit(lambda rows: self._rewards_by(paths, rows), self._rows, print)
+        self._rows = found.rows
+        return found.value
+
+    def _rewards_by(self, paths: Trajectories, size: int) -> tuple[Tensor, Tensor]:
+        """The same, `size` paths at a time."""
         raw = self.log_reward.plain()
         rewards, gradients = [], []
-        size = self.config.training.micro_batch or self.config.training.batch_size
         for rows in torch.arange(len(paths.condition)).split(size):
             x, condition = paths.x[beside(rows, paths.x)], paths.condition[rows]
             if not self.gradients:

@@ -77,7 +77,7 @@ def work_of(config: Config) -> Work:
         (c.model - c.model_backward) / paths + share.evaluations + carried,
         c.model_backward / paths + carried - back,
         c.decode / paths + share.decodes,
-        c.decode_backward / paths + share.backward * objective.uses_reward_gradient,
+        c.decode_backward / paths + back,
         flow.forward / paths,
         flow.backward / paths,
     )

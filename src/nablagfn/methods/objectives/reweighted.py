@@ -6,7 +6,7 @@ In units of σ_k the policy moves the mean of a step by d:
     d(x_k) = (c2/σ)(u_θ − u_#)(x_k),      loss = (ω_k/σ_k)² ( w‖d‖² − 2 d·t )
 
 w: the path's weight in the target, exp(βr)·p_#/p_drawn. The minimiser is E[t|x_k]/E[w|x_k], and the
-target's own step is d* = σ_k ∇ log E[w|x_{k+1}]. There are two ways to it.
+target's own step is d*(x_k) = σ_k E[∇h(x_{k+1})|x_k]/h(x_k), h = E[w|x]. There are two ways to it.
 
 nabla-db-pool differentiates along the path. What the weight does when x_{k+1} is moved, with the
 noise of all later steps as it was, is the reward's gradient carried back through the frozen model:
@@ -56,9 +56,9 @@ from ..parts import Parts
 @dataclass(frozen=True)
 class PoolSignals(Signals):
     """Of each transition's path: x_end [M, ...] x_N, output_ref and output_old [M, ...] of u_# and
-    of what drew it, where x_k is the path's own; known: [M] whether it is, on the CPU. weight,
-    control: [M], and end: [M] the weight of the carried gradient λ_{k+1} for β = 1, gradient
-    [M, ...].
+    of what drew it, where x_k is the path's own; known: [M] whether it is, on the CPU, None: all
+    are. weight, control: [M], and end: [M] the weight of the carried gradient λ_{k+1} for β = 1,
+    gradient [M, ...].
 
     slope: [M] ρ_k. Of judged steps there is none; noise and away are z_k and d† then, [M, ...],
     along the directions that count.
@@ -66,7 +66,7 @@ class PoolSignals(Signals):
 
     x_end: Tensor
     output_ref: Tensor
-    known: Tensor
+    known: Tensor | None
     weight: Tensor
     control: Tensor
     end: Tensor
@@ -129,7 +129,7 @@ class ReweightedRegression(Objective):
         signals = PoolSignals(
             chosen.of_each(paths.clean),
             pooled.output_ref[row, step],
-            known,
+            known if pooled.fresh else None,
             weight,
             torch.where(drawn, 0.0, chosen.of_each(pooled.control)),  # d† is unknown there
             weight,
@@ -138,16 +138,17 @@ class ReweightedRegression(Objective):
         )
         if pooled.judged is None:
             return signals
-        noise, away = self._of_steps(chosen, pooled.judged.directions)
-        return replace(
+        signals = replace(
             signals,
             weight=pooled.judged.then[row, step],
             control=pooled.judged.now[row, step],
             end=pooled.judged.end[row, step],
             slope=None,
-            noise=noise,
-            away=away,
         )
+        if self.carrying and self.carrying.share == 1:  # the noise is not asked
+            return signals
+        noise, away = self._of_steps(chosen, pooled.judged.directions)
+        return replace(signals, noise=noise, away=away)
 
     def _of_steps(self, chosen: Selection, directions: Tensor | None) -> tuple[Tensor, Tensor]:
         """z_k and d† of each transition, [M, ...], along the directions of its step."""
@@ -194,6 +195,8 @@ class ReweightedRegression(Objective):
         self, batch: Transitions, known: PoolSignals, k: Step
     ) -> tuple[Transitions, PoolSignals]:
         """With u_#(x_k) of the states that are new, which also stands for what drew them."""
+        if known.known is None:
+            return batch, known
         rows = (~known.known).nonzero()[:, 0]
         if self.policy.together:  # every process makes the same passes
             rows = torch.arange(len(batch))
@@ -236,7 +239,8 @@ class ReweightedRegression(Objective):
 def build_pool(p: Parts) -> Objective:
     """The method nabla-db-pool."""
     s = p.config.pool
-    return _build(p, Carrying(p.log_reward, s.gradient_share, s.gradient_cap))
+    carrying = Carrying(p.log_reward, s.gradient_share, s.gradient_cap)
+    return _build(p, carrying if s.gradient_share else None)
 
 
 def build_reward_weighted(p: Parts) -> Objective:
