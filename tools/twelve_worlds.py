@@ -116,7 +116,7 @@ def measured(run: RunFolder) -> Found:
     """Of the last checkpoint; the worst prompt of each draw. Kept in the run's folder."""
     asked = {**SETTING, "updates": UPDATES, "rows": ROWS, "draws": DRAWS, "seed": SEED}
     known = run.read_json(RESULT)
-    if known and known["asked"] == asked:
+    if known and known.get("asked") == asked:
         return Found(tuple(known["mmd"]), tuple(known["kl"]))
     config = run.config()
     policy = build_policy(config, torch.device("cpu"))
