@@ -104,7 +104,12 @@ class Found:
 
     @property
     def within(self) -> bool:
+        """By the upper ends."""
         return upper(self.mmd) <= MMD and upper(self.kl) <= KL
+
+    @property
+    def within_by_mean(self) -> bool:
+        return mean(self.mmd) <= MMD and mean(self.kl) <= KL
 
 
 def upper(values: Sequence[float]) -> float:
@@ -156,11 +161,12 @@ committed before they were first trained for more than two updates.
 Each cell: MMD² over its sampling floor · KL of the mode masses (`gaussian`: of the Gaussians) in
 nats. Both are means of three draws of 4,000 samples a prompt, raw (no resampling), of the worst
 prompt, with the upper end of the one-sided 95 % interval of that mean in brackets. The bounds are 3
-and 0.01, and it is the upper end that must be within: **{within} of {judged} worlds with all three
-seeds**, {held} of the held-out three. The targets themselves: [worlds.md](worlds.md).
+and 0.01. **Of {done} runs {within} are within both by their means, {surely} also by the upper
+ends**; of the {held_done} in held-out worlds {held} and {held_surely}. The targets themselves:
+[worlds.md](worlds.md).
 
-| world | seed 0 | seed 1 | seed 2 | within |
-|---|---|---|---|---|
+| world | seed 0 | seed 1 | seed 2 | within: means | upper ends |
+|---|---|---|---|---|---|
 """
 
 
@@ -171,29 +177,39 @@ def cell(found: Found | None) -> str:
     return f"{mmd} · {mean(found.kl):.4f} ({upper(found.kl):.4f})"
 
 
+def within(found: Sequence[Found]) -> tuple[int, int]:
+    """How many are within the bounds by their means, and by the upper ends."""
+    return sum(one.within_by_mean for one in found), sum(one.within for one in found)
+
+
 def write(out: Path, page: Path) -> None:
     """The page, of the runs that are there."""
-    rows, within, held, done = [], [], 0, 0
+    rows: list[str] = []
+    every: list[Found] = []
+    held: list[Found] = []
     for world in (*CHOSEN, *HELD_OUT):
         runs = [Run(world, seed) for seed in SEEDS]
         found = [measured(run.folder(out)) if run.done(out) else None for run in runs]
-        kept = sum(one is not None and one.within for one in found)
-        ran = sum(one is not None for one in found)
-        done += ran
-        if ran == len(SEEDS):
-            within.append(kept == ran)
-            held += world in HELD_OUT and kept == ran
+        there = [one for one in found if one is not None]
+        every += there
+        held += there if world in HELD_OUT else []
         name = f"`{world}`" + (" (held out)" if world in HELD_OUT else "")
-        rows.append(f"| {name} | {' | '.join(cell(one) for one in found)} | {kept} of {ran} |")
+        cells = " | ".join(cell(one) for one in found)
+        means, ends = within(there)
+        rows.append(f"| {name} | {cells} | {means} of {len(there)} | {ends} of {len(there)} |")
+    means, ends = within(every)
+    held_means, held_ends = within(held)
     head = HEAD.format(
-        done=done,
+        done=len(every),
         wanted=len(SEEDS) * len(rows),
         updates=UPDATES,
         base=BASE,
         setting="\n    ".join(f"--config.{key}={value}" for key, value in SETTING.items()),
-        within=sum(within),
-        judged=len(within),
-        held=held,
+        within=means,
+        surely=ends,
+        held_done=len(held),
+        held=held_means,
+        held_surely=held_ends,
     )
     page.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
     print(f"wrote {page}")
