@@ -155,8 +155,9 @@ policy's own paths (docs/pool.md), the same in every world: `pool.size` {base:,}
 
     {setting}
 
-The setting was chosen by single runs in the first nine. The last three are **held out**: it was
-committed before they were first trained for more than two updates.
+The setting was chosen by single runs in `ring-quadratic` and looked at in five others of the first
+nine. The last three are **held out**: it was committed before they were first trained for more than
+two updates.
 
 Each cell: MMD² over its sampling floor · KL of the mode masses (`gaussian`: of the Gaussians) in
 nats. Both are means of three draws of 4,000 samples a prompt, raw (no resampling), of the worst
