@@ -179,6 +179,7 @@ def test_a_pool_is_drawn_once_and_shared_by_all_updates() -> None:
     set_option(config, "pool.own_share", 0.0)
     set_option(config, "experiment.method", "terminal-gradient")
     set_option(config, "training.source", "pool")
+    set_option(config, "model.unet_reg_scale", 0.0)
     assert planner.work_of(config).decode_backward == 1, "its own, and nothing of the pool"
     set_option(config, "training.source", "auto")
     set_option(config, "experiment.method", "reward-weighted")
