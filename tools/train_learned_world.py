@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nablagfn.core import rng
 from nablagfn.core.schedules import Levels
-from nablagfn.worlds.learned import OCTAVES, Dense, LearnedScore, uneven_grid
+from nablagfn.worlds.features import OCTAVES
+from nablagfn.worlds.learned import Dense, LearnedScore, uneven_grid
 from nablagfn.worlds.mixture import Mixture
 from nablagfn.worlds.world import COSINE
 

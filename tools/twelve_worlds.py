@@ -28,6 +28,7 @@ from nablagfn.evaluation import draw_paths
 from nablagfn.methods.build import build_kernel
 from nablagfn.runs.runfolder import RunFolder, checkpoint_name
 from nablagfn.training.checkpoint import load_policy
+from nablagfn.worlds import load
 from nablagfn.worlds.measure import distances, floors
 from nablagfn.worlds.policy import WorldPolicy
 from nablagfn.worlds.target import Target
@@ -59,7 +60,6 @@ CHOSEN = (
     "shapes-2d",
 )
 HELD_OUT = ("mixture-64d", "learned-grid", "far-mode")
-PROMPTS = {"prompts": 3}
 DRAWS, ROWS, SEED = 3, 4_000, 77_000
 QUANTILE = 2.92  # of Student's t with DRAWS − 1 degrees of freedom, at 95 %
 MMD, KL = 3.0, 0.01  # the bounds
@@ -83,7 +83,7 @@ class Run:
     def arguments(self, out: Path) -> list[str]:
         options = {
             **SETTING,
-            "pool.size": BASE * PROMPTS.get(self.world, 1),
+            "pool.size": BASE * len(load(self.world).prompts),
             "training.num_epochs": UPDATES,
             "logging.sample_freq": 0,
             "logging.save_freq": UPDATES // 2,

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.schedules import Levels
+from .features import OCTAVES, noise_octaves
 from .mixture import Mixture, Posterior, require_shape
 from .protocols import Density
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "worlds"
-OCTAVES = 4  # Fourier features sin, cos(2^j · angle), j < OCTAVES
 
 
 def uneven_grid() -> Mixture:
@@ -127,9 +127,7 @@ class LearnedScore:
         It is shown x/s, so that α and σ count by their ratio alone.
         """
         size = (levels.alpha.square() + levels.sigma.square()).sqrt()
-        octaves = 2.0 ** torch.arange(OCTAVES, device=x.device, dtype=x.dtype)
-        angle = torch.atan2(levels.sigma, levels.alpha) * octaves
-        h = torch.cat([x / size, angle.sin(), angle.cos()], 1)
+        h = torch.cat([x / size, noise_octaves(levels.alpha, levels.sigma)], 1)
         for layer in self.layers[:-1]:
             h = functional.silu(layer(h))
         return self.layers[-1](h)

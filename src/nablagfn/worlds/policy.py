@@ -16,12 +16,12 @@ from ..core import rng
 from ..core.grids import by_angle
 from ..core.schedules import AngleNoising, Levels, Noising, output_of
 from ..core.types import Condition, Metadata
+from .features import OCTAVES, noise_octaves
 from .mixture import Posterior
 from .protocols import PointModel
 from .world import World
 
 HIDDEN = 128
-OCTAVES = 4  # Fourier features sin, cos(2^j · angle), j < OCTAVES
 PROMPT = "prompt"  # the tensor of a condition: one-hot, [B, P]
 
 
@@ -67,11 +67,9 @@ class PlaneFlow(nn.Module):
         return (self.net(seen) + self.linear(seen)).to(x.dtype)
 
     def _features(self, time: Tensor) -> Tensor:
-        """sin and cos of the noise angle's octaves, [M, 2·OCTAVES] float64."""
+        """`noise_octaves` at the times, [M, 2·OCTAVES] float64."""
         levels = self.noising.levels(time)
-        angle = torch.atan2(levels.sigma, levels.alpha)[:, None]
-        angle = angle * 2.0 ** torch.arange(OCTAVES, device=angle.device)
-        return torch.cat([angle.sin(), angle.cos()], 1)
+        return noise_octaves(levels.alpha[:, None], levels.sigma[:, None])
 
 
 class WorldPolicy:
