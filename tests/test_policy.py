@@ -417,3 +417,34 @@ def test_the_layers_are_those_asked_for() -> None:
     assert make_policy(lora_targets=("to_v",)).settings()["model.lora_targets"] == ("to_v",)
     with pytest.raises(ConfigError, match=r"lora_targets=to_w.*attention, resnets, all"):
         make_policy(lora_targets=("to_w",))
+
+
+def test_a_lora_acts_up_to_its_share_of_signal_row_by_row() -> None:
+    """Rows with more signal are the pretrained model's to the bit, with their gradient; the others
+    what a LoRA gives that acts everywhere."""
+    until = 0.5
+    policy = make_policy(lora_until=until, guidance_scale=2.0)
+    always = make_policy(guidance_scale=2.0)
+    always.load_state_dict(policy.state_dict())
+    x, _, where = some_inputs(policy)
+    rows = torch.tensor([0, 1, 2, 0])
+    x, where = x[rows], where[rows]
+    last = policy.last_time
+    alpha_bar = policy.noising.levels(torch.tensor([last, last - 1])).alpha.square()
+    assert alpha_bar[0] <= until < alpha_bar[1]
+    time = torch.tensor([last, last - 1, 999.0, 0.0])
+    acts = (time >= last).tolist()
+    found = policy.output(x, time, where)
+    with torch.no_grad():
+        everywhere = always.output(x, time, where)
+        with policy.reference():
+            frozen = policy.output(x, time, where)
+    for row, on in enumerate(acts):
+        assert torch.equal(found[row], everywhere[row] if on else frozen[row])
+        assert not torch.equal(everywhere[row], frozen[row])
+    off = torch.tensor(acts).logical_not()
+    (gradient,) = torch.autograd.grad(found[off].sum(), policy.parameters()[-1], retain_graph=True)
+    assert not gradient.any()
+    assert torch.autograd.grad(found[~off].sum(), policy.parameters()[-1])[0].any()
+    assert policy.acting_steps([last + 5, last, last - 1]) == 2
+    assert always.acting_steps([999.0, 0.0]) == 0

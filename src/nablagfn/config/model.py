@@ -22,6 +22,14 @@ class Model(Group):
         "to_out.0), resnets (of a U-Net), all (linear layers and convolutions), or endings of "
         "names, as to_v",
     )
+    lora_until: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share ᾱ of signal up to which the LoRA acts; cleaner states are left to the "
+        "pretrained model. A LoRA acts much alike at all steps, so that what decides the layout of "
+        "a picture also moves its details, at a KL of its own; 1: it always acts",
+    )
     reward_scale: float = Field(
         1e3, gt=0, description="β: the finetuned model samples p_pretrained·exp(β·reward)"
     )

@@ -36,11 +36,13 @@ class ExportForm:
     """How a trained model is written for other programs, and loaded again to prove it.
 
     write(policy, config, folder, name): fills the folder of a model called `name`. load(config,
-    folder): a fresh pipeline from it.
+    folder): a fresh pipeline from it. always: what was learned acts in all steps there, so that it
+    is no form for model.lora_until < 1.
     """
 
     write: Callable[[Any, Config, Path, str], None]
     load: Callable[[Config, Path], Any]
+    always: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,25 @@ def claims(model: str) -> bool:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError when the model is not there."""
+    """Raises ConfigError when the model is not there, and for options that exclude each other."""
+    check_lora_until(config)
     locate(config.pretrained.model, config.pretrained.revision)
+
+
+def check_lora_until(config: Config) -> None:
+    """Raises ConfigError where a pass could not tell which of its rows the LoRA acts on."""
+    if config.model.lora_until == 1:
+        return
+    for key, on in (
+        ("training.gradient_checkpointing", config.training.gradient_checkpointing),
+        ("speed.compile", config.speed.compile),
+        ("speed.cuda_graphs", config.speed.cuda_graphs),
+    ):
+        if on:
+            raise ConfigError(
+                f"config.model.lora_until={config.model.lora_until:g} does not go with "
+                f"config.{key}=True: set one of them back"
+            )
 
 
 def load(config: Config, device: torch.device, shard: bool) -> Policy:
@@ -48,6 +65,7 @@ def load(config: Config, device: torch.device, shard: bool) -> Policy:
         guidance_scale=config.sampling.guidance_scale,
         lora_rank=config.model.lora_rank,
         lora_targets=config.model.lora_targets,
+        lora_until=config.model.lora_until,
         seed=config.seed,
         gradient_checkpointing=config.training.gradient_checkpointing,
         vae_checkpointing=config.training.vae_checkpointing,
@@ -67,6 +85,7 @@ def skeleton(config: Config) -> LatentPolicy:
         guidance_scale=config.sampling.guidance_scale,
         lora_rank=config.model.lora_rank,
         lora_targets=config.model.lora_targets,
+        lora_until=config.model.lora_until,
         vae_checkpointing=config.training.vae_checkpointing,
     )
 
@@ -185,7 +204,7 @@ STABLE_DIFFUSION = Family(
     export_forms={
         "diffusers": ExportForm(_write_diffusers, _with_lora),
         "kohya": ExportForm(_write_kohya, _with_lora),
-        "fused": ExportForm(_write_fused, _load_fused),
+        "fused": ExportForm(_write_fused, _load_fused, always=True),
     },
     stock_sampler=stock_sampler,
     loading_code=loading_code,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,7 +101,7 @@ class LatentPolicy:
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. lora_targets: as the option; raises ConfigError for layers that there
-    are none of. seed: of the LoRA's gaussian initialisation. The LoRA is float32
+    are none of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. seed: of the LoRA's gaussian initialisation. The LoRA is float32
     whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
     no gradient is taken. name: hub name or folder, for the run's records. shard: the network's
     frozen weights are spread over the processes (`models.shard`), on the device of the VAE.
@@ -112,6 +114,7 @@ class LatentPolicy:
         guidance_scale: float = 5.0,
         lora_rank: int = 8,
         lora_targets: Sequence[str] = ("attention",),
+        lora_until: float = 1.0,
         seed: int = 0,
         gradient_checkpointing: bool = False,
         vae_checkpointing: bool = False,
@@ -132,6 +135,8 @@ class LatentPolicy:
         if ADAPTER in getattr(self.network, "peft_config", {}):
             self.network.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
         self.lora_targets = tuple(lora_targets)
+        self.lora_until = lora_until
+        self._gate: Tensor | None = None  # [rows] of the pass in progress: 1 where the LoRA acts
         self._add_lora(lora_rank, seed)
         names = (name for name, _ in self.network.named_parameters())
         self._frozen = next(name for name in names if ".lora_" not in name)  # one of its weights
@@ -175,6 +180,27 @@ class LatentPolicy:
         for parameter in self.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
+        if self.lora_until < 1:
+            for name, layer in self.network.named_modules():
+                if name.endswith(f".lora_B.{ADAPTER}"):
+                    layer.register_forward_hook(self._gated)
+
+    def _gated(self, layer: nn.Module, given: object, found: Tensor) -> Tensor:
+        """What a LoRA adds to its layer, [rows, ...]: nothing in the rows where it does not act."""
+        if self._gate is None:
+            return found
+        return found * self._gate.reshape(-1, *[1] * (found.ndim - 1)).to(found.dtype)
+
+    @functools.cached_property
+    def last_time(self) -> float:
+        """The cleanest time at which the LoRA acts."""
+        if self.lora_until == 1:
+            return self.noising.cleanest
+        found = self.noising.time_at(math.acos(self.lora_until**0.5))
+        levels = self.noising.levels(torch.tensor(found))
+        if self.noising.whole and float(levels.alpha) ** 2 > self.lora_until:  # the nearest one
+            found += 1
+        return found
 
     def _lora_layers(self) -> list[str]:
         """The names of the layers that get one, all of them linear or convolutions."""
@@ -196,6 +222,10 @@ class LatentPolicy:
                 )
             found += own
         return found
+
+    def acting_steps(self, times: Sequence[float]) -> int:
+        """In how many of a sampler's first steps the LoRA acts; 0: in all."""
+        return sum(time >= self.last_time for time in times) if self.lora_until < 1 else 0
 
     @property
     def device(self) -> torch.device:
@@ -272,9 +302,13 @@ class LatentPolicy:
         def called(x: Tensor) -> Tensor:
             return self.model.call(network, x, time, given)
 
-        if self._border is None:
-            return called(x.to(self.dtype)).to(x.dtype)
-        return self._border(called, x)
+        self._gate = None if self.lora_until == 1 else time >= self.last_time
+        try:
+            if self._border is None:
+                return called(x.to(self.dtype)).to(x.dtype)
+            return self._border(called, x)
+        finally:
+            self._gate = None  # the pipeline's own passes have other rows
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -337,6 +371,7 @@ class LatentPolicy:
             "pretrained.family": self.model.family,
             "sampling.guidance_scale": self.guidance_scale,
             "model.lora_targets": self.lora_targets,
+            "model.lora_until": self.lora_until,
             "model.lora_rank": self.network.peft_config[ADAPTER].r,
         }
 

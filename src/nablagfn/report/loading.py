@@ -15,10 +15,12 @@ def how_to_load(
     weights: str,
     weight_name: str = "",
     times: Sequence[float] = (),
+    lora_steps: int = 0,
 ) -> str:
     """A program that draws `prompt` with the LoRA in the folder `weights`.
 
-    times: of the run's steps (RunFolder.times), which an uneven grid needs.
+    times: of the run's steps (RunFolder.times), which an uneven grid needs. lora_steps: in so many
+    first ones the LoRA acts; 0: in all.
 
     Where no scheduler of diffusers draws as the run does, how this package does; empty for a family
     that has no pipeline.
@@ -36,7 +38,8 @@ def how_to_load(
         *base(family, config),
         f"pipe.load_lora_weights({weights!r}{name})",
         *set_sampler(stock),
-        *draw(config, stock, prompt),
+        *first_steps(lora_steps),
+        *draw(config, stock, prompt, lora_steps),
     ]
     return "\n".join(lines)
 
@@ -57,10 +60,27 @@ def set_sampler(stock: StockSampler) -> list[str]:
     return [f"{start},", f"    {arguments(stock.options)})"]
 
 
-def draw(config: Config, stock: StockSampler, prompt: str) -> list[str]:
+def first_steps(count: int) -> list[str]:
+    """Lines of a callback after which the LoRA is off; none where it acts in all steps."""
+    if not count:
+        return []
+    return [
+        "",
+        f"def ended(pipe, step, time, given):  # the LoRA acts in the first {count} steps only",
+        f"    if step == {count - 1}:",
+        "        pipe.disable_lora()",
+        "    return given",
+        "",
+        "pipe.enable_lora()",
+    ]
+
+
+def draw(config: Config, stock: StockSampler, prompt: str, lora_steps: int) -> list[str]:
     """Lines that draw one picture as the run does."""
     sampling = config.sampling
     given = "".join(f", {key}={_number(value)}" for key, value in stock.call.items())
+    if lora_steps:
+        given += ", callback_on_step_end=ended"
     return [
         f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",
         f"    num_inference_steps={sampling.num_steps}{given}).images[0]",

@@ -281,4 +281,6 @@ def code(record: Record) -> str:
     if not record.result or not (weights / "pytorch_lora_weights.safetensors").is_file():
         return ""
     prompt = next(iter(record.prompts), "a cat")
-    return how_to_load(record.config, prompt, str(weights), times=record.folder.times())
+    folder = record.folder
+    acting = folder.lora_steps(record.config.model.lora_until)
+    return how_to_load(record.config, prompt, str(weights), "", folder.times(), acting)

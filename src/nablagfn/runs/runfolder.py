@@ -125,6 +125,14 @@ class RunFolder:
         """The times of the run's steps, noisiest first; none of a run that kept none."""
         return (self.read_json(SAMPLER) or {}).get("times", [])
 
+    def lora_steps(self, until: float) -> int:
+        """In how many of the first steps a LoRA acts that is on up to the share ᾱ `until` of
+        signal; 0: in all."""
+        if until == 1:
+            return 0
+        levels = (self.read_json(SAMPLER) or {}).get("alpha_bar", [])
+        return sum(level <= until for level in levels)
+
     def about(self) -> dict[str, Any]:
         """The metadata of prompts that have some."""
         return self.read_json(ABOUT) or {}

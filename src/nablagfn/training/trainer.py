@@ -113,8 +113,12 @@ def check_measuring(
 
 
 def steps_of(table: KernelTable) -> dict[str, list[float]]:
-    """sampler.json: when the steps are, and (c2/σ)², what each weighs in the path KL."""
-    return {"times": table.time[:-1].tolist(), "weights": step_weights(table).tolist()}
+    """sampler.json: when the steps are, (c2/σ)², what each weighs in the path KL, and ᾱ."""
+    return {
+        "times": table.time[:-1].tolist(),
+        "weights": step_weights(table).tolist(),
+        "alpha_bar": table.schedule.alpha_bar[:-1].tolist(),
+    }
 
 
 class Stopped(Exception):

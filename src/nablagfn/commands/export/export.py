@@ -27,12 +27,14 @@ PICTURES = 4  # drawn by each form
 
 @dataclass(frozen=True)
 class Trained:
-    """The model that was trained. name: of its run. times: of its steps."""
+    """The model that was trained. name: of its run. times: of its steps. lora_steps: in so many
+    first ones the LoRA acts; 0: in all."""
 
     policy: LatentPolicy
     config: Config
     name: str
     times: Sequence[float]
+    lora_steps: int
     drawn: Drawn
 
 
@@ -67,7 +69,7 @@ def export(
     target = out or folder.path / "export" / chosen.name
     if target.exists():
         raise ConfigError(f"{target} is there already: remove it, or give another --out")
-    forms = _forms(family, form)
+    forms = _forms(family, record.config, form)
     config = _in_float32(record.config)
     trained = _trained(family, config, chosen, record)
     partial = target.with_name(f".{target.name}.partial")
@@ -87,14 +89,21 @@ def export(
     return Exported(target, proofs)
 
 
-def _forms(family: Family, form: str) -> list[str]:
-    """The names of the forms asked for. Raises ConfigError for one that the family has not."""
+def _forms(family: Family, config: Config, form: str) -> list[str]:
+    """The names of the forms asked for. Raises ConfigError for one that the family has not, or that
+    cannot hold a LoRA which acts in some steps only."""
+    partly = config.model.lora_until < 1
     if form == "all":
-        return list(family.export_forms)
+        return [name for name, of in family.export_forms.items() if not (partly and of.always)]
     if form not in family.export_forms:
         raise ConfigError(
             f"--format {form}: a {family.name} model is exported as "
             f"{', '.join(family.export_forms)}, or all"
+        )
+    if partly and family.export_forms[form].always:
+        raise ConfigError(
+            f"--format {form}: with config.model.lora_until={config.model.lora_until:g} the LoRA "
+            f"acts in some steps only, and weights that it is part of act in all: take diffusers"
         )
     return [form]
 
@@ -115,8 +124,9 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
     times = times_of(config.sampling, policy)
     with policy.reference():
         before = draw(policy.pipeline, family, config, prompts, times)
-    after = draw(policy.pipeline, family, config, prompts, times)
-    return Trained(policy, config, record.name, times, Drawn(prompts, before, after))
+    acting = policy.acting_steps(times)
+    after = draw(policy.pipeline, family, config, prompts, times, acting)
+    return Trained(policy, config, record.name, times, acting, Drawn(prompts, before, after))
 
 
 def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
@@ -126,7 +136,9 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    again = draw(fresh, family, trained.config, drawn.prompts, trained.times)
+    again = draw(
+        fresh, family, trained.config, drawn.prompts, trained.times, trained.lora_steps
+    )
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()
