@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 .PHONY: demo test parity parity-full check lint report-check proofs frontier proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
-	$(BIN)/nablagfn train --config=demo
+	$(BIN)/nablagfn train --config=warmth
 
 test: $(READY)  ## the test suite (minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

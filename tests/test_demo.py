@@ -1,4 +1,4 @@
-"""`make demo`'s claims, with the shipped settings (half an hour: `make proofs-demo`)."""
+"""The claims of the recipes `warmth` (`make demo`) and `demo`, as shipped (`make proofs-demo`)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,50 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SEEDS = [0, 1, 2]
+
+
+def figures(recipe: str, seed: int, out: Path) -> dict[str, Any]:
+    """evaluation.json of a whole run."""
+    command = [sys.executable, "-m", "nablagfn", "train", f"--config={recipe}", f"--seed={seed}"]
+    done = subprocess.run(
+        [*command, f"--config.saving.output_dir={out}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("*/evaluation.json")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
+    seed: int, tmp_path: Path
+) -> None:
+    """A third of the target's gain, a quarter of the efficiency, the target's diversity to 5 %."""
+    found = figures("warmth", seed, tmp_path)
+    before, after, beside = found["before"], found["after"], found["against_target"]
+    assert beside["gain_reached"] >= 0.33
+    assert beside["efficiency"] >= 0.25
+    assert after["diversity"] == pytest.approx(beside["target_diversity"], rel=0.05)
+    assert after["recognised"] >= before["recognised"] - 0.05
+    shares = beside["shares"]
+    for colour in ("red", "yellow"):  # more of it, and not more than the target has
+        share = shares[f"background: {colour}"]
+        assert share["before"] < share["after"] < share["target"]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_demo_raises_reward_and_keeps_diversity_and_prior(seed: int, tmp_path: Path) -> None:
     """Reward +1 base standard deviation, >= 85 % of the diversity, <= 5 points of recognition."""
-    command = [sys.executable, "-m", "nablagfn", "train", "--config=demo", f"--seed={seed}"]
-    done = subprocess.run(
-        [*command, f"--config.saving.output_dir={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(
-        (tmp_path / f"tiny-aesthetic_seed{seed}" / "evaluation.json").read_text(encoding="utf-8")
-    )
-    before, after = figures["before"], figures["after"]
+    found = figures("demo", seed, tmp_path)
+    before, after = found["before"], found["after"]
     assert after["reward_mean"] - before["reward_mean"] >= before["reward_std"]
     assert after["diversity"] >= 0.85 * before["diversity"]
     assert after["recognised"] >= before["recognised"] - 0.05

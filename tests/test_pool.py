@@ -90,7 +90,7 @@ def collector(
     policy: Policy | None = None,
     rank: int = 0,
     world: int = 1,
-    gradients: bool = False,
+    gradients: str = "none",
 ) -> PoolCollector:
     policy = policy or PromptedWorld(hidden=8)
     return PoolCollector(
@@ -422,7 +422,7 @@ def test_a_pool_keeps_the_gradient_at_what_each_step_led_to(tmp_path: Path) -> N
     also along the policy's own paths."""
     policy = PromptedWorld(hidden=8)
     config = options(pool__own_share=1.0, pool__refresh=1)
-    made = collector(config, tmp_path, policy, gradients=True)
+    made = collector(config, tmp_path, policy, gradients="carried")
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.2)
@@ -464,13 +464,13 @@ def test_a_transition_has_the_gradient_of_what_its_own_step_led_to(tmp_path: Pat
 
 def test_paths_without_carried_gradients_are_drawn_again(tmp_path: Path) -> None:
     """Also those of a release that kept the gradient at the end alone, or of the other method."""
-    made = collector(options(), tmp_path, gradients=True)
+    made = collector(options(), tmp_path, gradients="carried")
     made.collect(0)
     (file, *_) = sorted((tmp_path / "pool").glob("*.safetensors"))
     before = file.read_bytes()
     collector(options(), tmp_path).collect(0)
     assert file.read_bytes() != before
-    collector(options(), tmp_path, gradients=True).collect(0)
+    collector(options(), tmp_path, gradients="carried").collect(0)
     assert file.read_bytes() == before
 
 
@@ -484,8 +484,8 @@ def test_without_a_share_of_the_gradient_none_is_asked_for(tmp_path: Path) -> No
 def test_filling_goes_on_with_fewer_rows_where_memory_runs_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = collector(options(), tmp_path / "whole", gradients=True).collect(0)
-    made = collector(options(), tmp_path / "small", gradients=True)
+    whole = collector(options(), tmp_path / "whole", gradients="carried").collect(0)
+    made = collector(options(), tmp_path / "small", gradients="carried")
     plain = made._rewards_by
 
     def small(paths: Trajectories, size: int) -> tuple[Tensor, Tensor]:
@@ -759,7 +759,7 @@ def test_what_any_process_lacks_all_of_them_make(tmp_path: Path) -> None:
 
     for answer, count in ((True, 1), (False, 1), (True, 2)):
         shelf = Shelf(tmp_path, 0, lambda lacking, answer=answer: answer)
-        kept = shelf.kept("base_00", "ours", make)
+        kept = shelf.kept("base_00", "ours", Draw, make)
         assert len(made) == count and torch.equal(kept.reward, torch.zeros(2))
 
 

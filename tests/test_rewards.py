@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 CPU = torch.device("cpu")
 FORMULAS = {
     "brightness": analytic.brightness,
+    "warmth": analytic.warmth,
     "colourfulness": analytic.colourfulness,
     "contrast": analytic.contrast,
 }
@@ -54,6 +55,8 @@ def by_numpy(name: str, image: np.ndarray) -> float:
         return float(luma.mean())
     if name == "contrast":
         return float(luma.std())
+    if name == "warmth":
+        return float(red.mean() - blue.mean())
     rg, yb = red - green, (red + green) / 2 - blue
     spread = np.hypot(rg.std(), yb.std())
     return float(spread + 0.3 * np.hypot(rg.mean(), yb.mean()))
@@ -86,6 +89,8 @@ def test_flat_pictures_have_finite_scores_and_gradients(
 def test_known_values() -> None:
     assert score("brightness", painted(1, 1, 1)).item() == pytest.approx(1)
     assert score("brightness", painted(0, 1, 0)).item() == pytest.approx(0.7152)
+    assert score("warmth", painted(0.75, 0.5, 0.5)).item() == pytest.approx(0.25)
+    assert score("warmth", painted(0, 0.5, 1)).item() == pytest.approx(-1)
     assert score("colourfulness", painted(0.4, 0.4, 0.4)).item() == pytest.approx(0, abs=1e-5)
     assert score("colourfulness", painted(1, 0, 0)).item() == pytest.approx(
         0.3 * 1.25**0.5, abs=1e-5

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..runs.runfolder import RunFolder
     from ..training.trainer import RunResult
 
-STYLE = "style: "  # of the labels: what a reward for looks changes
 BESIDE = 52  # the column of what stands beside the reward and the diversity
 
 
@@ -123,9 +122,9 @@ def target_lines(before: Measurement, after: Measurement, beside: Reached) -> li
         f"reward      {before.reward_mean:8.3f} -> {after.reward_mean:8.3f}  "
         f"(target {beside.target_reward:.3f})"
     )
-    style = most_raised(beside.shares)
-    if style is not None:
-        reward = f"{reward:<{BESIDE}} {shares_in_words(style, beside.shares[STYLE + style])}"
+    name = most_raised(beside.shares)
+    if name is not None:
+        reward = f"{reward:<{BESIDE}} {shares_in_words(name, beside.shares[name])}"
     diversity = f"diversity   {before.diversity:8.3f} -> {after.diversity:8.3f}"
     if beside.target_diversity is not None:
         diversity += f"  (target {beside.target_diversity:.3f})"
@@ -140,17 +139,20 @@ def target_lines(before: Measurement, after: Measurement, beside: Reached) -> li
 
 
 def most_raised(shares: dict[str, LabelShares]) -> str | None:
-    """The style whose share the target raises most; None where nobody tells styles."""
+    """The "kind: label" whose share the target raises most; None where nobody tells labels."""
     raised = {
-        name.removeprefix(STYLE): share.target - share.before
+        name: share.target - share.before
         for name, share in shares.items()
-        if name.startswith(STYLE) and share.target is not None
+        if share.target is not None
     }
-    return max(raised, key=lambda style: raised[style], default=None)
+    return max(raised, key=lambda name: raised[name], default=None)
 
 
 def shares_in_words(name: str, share: LabelShares) -> str:
-    """A label's share before and after, and in the target, which must be known."""
+    """A label's share before and after, and in the target, which must be known. A style is called
+    by its name alone: it is an adjective."""
+    kind, label = name.split(": ", 1)
+    name = label if kind == "style" else f"{label} {kind}"
     return f"{name} {share.before:.0%} -> {share.after:.0%}  (target {share.target:.0%})"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
-from .base import Group
+from .base import Group, Lower
 
 
 class PoolSettings(Group):
@@ -45,6 +47,14 @@ class PoolSettings(Group):
         ge=0,
         description="principal directions, of those in which ends differ that begin at one state, "
         "along which a step's noise is learned from with pool.looks; 0: all",
+    )
+    gradient: Annotated[Literal["carried", "linear"], Lower] = Field(
+        "carried",
+        description="nabla-db-pool, what a step aims at: carried: the reward's gradient at the end "
+        "of each path, carried back along it; linear: that of the weight which is to be expected "
+        "of a state by a linear fit of the reward over the pool's finished samples. It has no "
+        "noise, needs no gradient of the reward, and is as good as the fit, whose share of the "
+        "reward is printed",
     )
     gradient_share: float = Field(
         1.0,

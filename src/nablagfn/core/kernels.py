@@ -156,6 +156,13 @@ class KernelTable:
             *found[18:],
         )
 
+    def steps_until(self, alpha_bar: float) -> int:
+        """The number of steps, from the noisiest, whose first states have no more than that share
+        ᾱ of signal; 1: all."""
+        if alpha_bar == 1:
+            return self.num_steps
+        return int((self.schedule.alpha_bar[:-1] <= alpha_bar).sum())
+
     def at_step(self, step: int, like: Tensor) -> Step:
         """`at` for one step shared by the whole batch, without copies between host and device."""
         one = _one_step(self, step, like.device, like.dtype, like.ndim)

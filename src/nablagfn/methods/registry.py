@@ -220,6 +220,8 @@ def check_source(config: Config, method: Method) -> None:
             f"{s.images_per_prompt} is no path at all: give {1 / s.images_per_prompt:.2g} or more, "
             "or 0"
         )
+    if s.gradient == "linear":
+        check_linear(config)
     if config.model.unet_reg_scale and "paths" in method.sources:
         raise ConfigError(
             f"config.model.unet_reg_scale={config.model.unet_reg_scale:g} holds on to the "
@@ -231,3 +233,18 @@ def check_source(config: Config, method: Method) -> None:
             f"config.sampling.eta={config.sampling.eta:g} does not go with a pool, whose paths "
             "must forget their noise: set config.sampling.eta=1"
         )
+
+
+def check_linear(config: Config) -> None:
+    """Raises ConfigError for what does not go with gradients of a linear fit."""
+    s = config.pool
+    for key, given, wanted in (
+        ("looks", s.looks, 0),
+        ("own_share", s.own_share, 0),
+        ("gradient_share", s.gradient_share, 1),
+    ):
+        if given != wanted:
+            raise ConfigError(
+                f"config.pool.{key}={given:g} does not go with config.pool.gradient=linear: set it "
+                f"to {wanted}, or config.pool.gradient=carried"
+            )

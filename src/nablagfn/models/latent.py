@@ -101,10 +101,11 @@ class LatentPolicy:
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. lora_targets: as the option; raises ConfigError for layers that there
-    are none of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. seed: of the LoRA's gaussian initialisation. The LoRA is float32
-    whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all) where
-    no gradient is taken. name: hub name or folder, for the run's records. shard: the network's
-    frozen weights are spread over the processes (`models.shard`), on the device of the VAE.
+    are none of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. seed: of the
+    LoRA's gaussian initialisation. The LoRA is float32 whatever the dtype of the frozen weights.
+    vae_slice: pictures decoded at a time (0: all) where no gradient is taken. name: hub name or
+    folder, for the run's records. shard: the network's frozen weights are spread over the processes
+    (`models.shard`), on the device of the VAE.
     """
 
     def __init__(

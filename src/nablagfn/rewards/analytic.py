@@ -43,6 +43,11 @@ def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metada
     return _luma(images).mean(1)
 
 
+def warmth(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+    """Mean of red minus blue: -1 blue, 0 grey or green, 1 red or yellow."""
+    return (images[:, 0] - images[:, 2]).mean(dim=(1, 2))
+
+
 def contrast(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
     """Standard deviation of the luma over the picture: 0 flat, 0.5 black and white."""
     return _std(_luma(images))

@@ -58,6 +58,7 @@ def _module(name: str) -> Loader:
 BUILT_IN: dict[str, Loader] = {
     "aesthetic": _aesthetic,
     "brightness": lambda device, weights: analytic.brightness,
+    "warmth": lambda device, weights: analytic.warmth,
     "clipscore": _module("clipscore"),
     "colourfulness": lambda device, weights: analytic.colourfulness,
     "contrast": lambda device, weights: analytic.contrast,

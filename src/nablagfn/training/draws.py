@@ -9,24 +9,40 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+Kept = TypeVar("Kept", bound="Tensors")
+
 SUFFIX = ".safetensors"
 IDENTITY = "of"  # in a file's metadata
 
 
+class Tensors:
+    """A record of tensors, as a file keeps it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, each with storage of its own."""
+        return {part.name: getattr(self, part.name).contiguous() for part in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls: type[Kept], tensors: dict[str, Tensor]) -> Kept:
+        return cls(**tensors)
+
+
 @dataclass(frozen=True)
-class Draw:
+class Draw(Tensors):
     """Paths that were drawn at one time, n of them, those of a prompt side by side.
 
     x: [n, N+1, ...]. output, output_ref: [n, N, ...] u(x_k) of what drew them, and u_#(x_k). slot:
     [n] int64, which of the pool's prompts. reward: [n]. seen: [n, looks] r of the predicted clean
     samples. log_ratio: [n, N] float64, log p_drawn/p_# of the steps. gradient: [n, N, ...] λ_{k+1},
-    the reward's gradient carried back to what each step led to; [n, 0] where none is asked for.
+    the reward's gradient carried back to what each step led to, or J_x̂ᵀa (`training.linear`); [n,
+    0] where none is asked for.
     """
 
     x: Tensor
@@ -40,14 +56,14 @@ class Draw:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, each with storage of its own."""
-        found = {part.name: getattr(self, part.name).contiguous() for part in fields(self)}
+        found = super().tensors()
         if found["output"].data_ptr() == found["output_ref"].data_ptr():
             del found["output"]  # the pretrained model's own: kept once
         return found
 
-    @staticmethod
-    def of(tensors: dict[str, Tensor]) -> Draw:
-        return Draw(**{"output": tensors["output_ref"], **tensors})
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Draw:
+        return cls(**{"output": tensors["output_ref"], **tensors})
 
     def at(self, rows: Tensor) -> Draw:
         """The paths `rows` [m]."""
@@ -93,9 +109,9 @@ class Shelf:
     def file(self, name: str) -> Path:
         return self.folder / f"rank{self.rank:02d}_{name}{SUFFIX}"
 
-    def kept(self, name: str, of: str, make: Callable[[], Draw]) -> Draw:
-        """The draw of that name from its file, where that is whole and has this identity."""
-        found = self._read(self.file(name), of)
+    def kept(self, name: str, of: str, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
+        """The record of that name from its file, where that is whole and has this identity."""
+        found = self._read(self.file(name), of, kind)
         if not self.agree(found is None):
             assert found is not None
             return found
@@ -109,13 +125,13 @@ class Shelf:
         os.replace(unfinished, file)
         return made
 
-    def _read(self, file: Path, of: str) -> Draw | None:
+    def _read(self, file: Path, of: str, kind: type[Kept]) -> Kept | None:
         try:
             with safe_open(file, "pt") as opened:
                 if (opened.metadata() or {}).get(IDENTITY) != of:
                     return None
                 names = opened.keys()
-                return Draw.of({name: opened.get_tensor(name) for name in names})
+                return kind.of({name: opened.get_tensor(name) for name in names})
         except (OSError, SafetensorError, KeyError, TypeError):
             return None
 

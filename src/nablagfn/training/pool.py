@@ -40,7 +40,7 @@ from ..methods.registry import source_of
 from ..metrics.tilting import systematic
 from ..prompts import PromptSet
 from ..runtime import backoff
-from . import critic
+from . import critic, linear
 from .collect import Between, Collector, ignored
 from .draws import Draw, Shelf, identity
 from .updater import require_finite
@@ -109,8 +109,8 @@ class PoolCollector(Collector):
     """Takes each epoch's paths from the pool of this process, which it fills when needed.
 
     log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
-    gradients: whether ∇r(x_N) is wanted, carried back along the paths. shelf: keeps the pool
-    (RUN/pool).
+    gradients: which are wanted: "carried" back along the paths, of a "linear" fit of the reward
+    (`training.linear`), or "none". shelf: keeps the pool (RUN/pool).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class PoolCollector(Collector):
         config: Config,
         *,
         log_reward: LogReward,
-        gradients: bool,
+        gradients: str,
         shelf: Shelf,
         world: int = 1,
     ) -> None:
@@ -144,6 +144,7 @@ class PoolCollector(Collector):
         self._base: Draw | None = None
         self._slope = torch.ones(table.num_steps)
         self._directions: Tensor | None = None
+        self._course: linear.Course | None = None
         self._own: dict[int, Draw] = {}  # by epoch
         self._rows = config.training.micro_batch or config.training.batch_size
 
@@ -165,7 +166,7 @@ class PoolCollector(Collector):
         slot = torch.cat([draw.slot for draw in draws])
         log_weight = torch.cat([self._log_weight(draw) for draw in draws])
         shares = Shares.of(log_weight, slot, self.config.pool.tilt)
-        judged = self._judged(draws) if self.looks else None
+        judged = self._judged(draws) if self.looks or self._course else None
         s = self.config.sampling
         generator = rng.generator(self.config.seed, "pool", epoch, self.rank)
         u = float(torch.rand(1, generator=generator, dtype=torch.float64))
@@ -178,7 +179,7 @@ class PoolCollector(Collector):
     def fresh(self) -> int:
         """The number of steps from states that are drawn anew: the noisiest, never the last. None
         where something is known of the path's own."""
-        limit = 0.0 if self.looks or self.gradients else self.config.pool.renoise
+        limit = 0.0 if self.looks or self.gradients != "none" else self.config.pool.renoise
         noisy = int((self.table.schedule.alpha_bar[:-1] <= limit).sum()) if limit else 0
         return min(noisy, self.table.num_steps - 1)
 
@@ -200,6 +201,10 @@ class PoolCollector(Collector):
         base, of = draws[0], self.log_reward.of
         count = len(self.slots)
         log_z = log_mean(of(base.reward.double()), base.slot, count)
+        if self._course:
+            weight = (of(base.reward.double()) - log_z[base.slot]).exp()
+            beta = float(of(torch.ones((), dtype=torch.float64)))
+            return self._course.judged(weight, log_z[base.slot], beta, self.table.num_steps)
         curves: list[critic.ExpectedWeight] = []
         found = []
         for draw in draws:
@@ -247,7 +252,7 @@ class PoolCollector(Collector):
                 self._slope.to(self.policy.device),
                 self.fresh,
                 shares.effective,
-                here(draw.gradient) if self.gradients else None,
+                here(draw.gradient) if self.gradients != "none" else None,
                 judged
                 and replace(
                     judged,
@@ -266,6 +271,8 @@ class PoolCollector(Collector):
         if self._base is None:
             self._base = self._drawn(None, between)
             self._measure(self._base)
+            if self.gradients == "linear":
+                self._base = self._with_field(self._base, between)
         own = round(s.own_share * s.images_per_prompt)
         if not own:
             return [self._base]
@@ -319,6 +326,7 @@ class PoolCollector(Collector):
                 self.shelf.kept(
                     f"{name}_{first // size:02d}",
                     self._identity(torch.cat(batches[first : first + size]), slot, epoch),
+                    Draw,
                     partial(part, first),
                 )
                 for first in range(0, len(batches), size)
@@ -334,7 +342,7 @@ class PoolCollector(Collector):
             seed=self.config.seed,
             times=self.table.time.tolist(),
             looks=self.looks,
-            gradients="carried" if self.gradients else "none",
+            gradients="carried" if self.gradients == "carried" else "none",
         )
 
     def _measured(self, slot: Tensor, indices: Tensor, epoch: int | None) -> Draw:
@@ -364,6 +372,70 @@ class PoolCollector(Collector):
             require_finite(float(value.sum()), f"the {name}", "check the reward function")
         return Draw(paths.x.cpu(), output, output_ref, slot, reward, seen, log_ratio, gradient)
 
+    # ---------------------------------------------------------------- the linear fit
+
+    def _with_field(self, base: Draw, between: Between) -> Draw:
+        """The pretrained model's paths with J_x̂ᵀa at the states at which the LoRA acts."""
+        fitted = linear.LinearReward.fit(base.x[:, -1], base.reward)
+        if self.rank == 0:
+            print(
+                f"pool: a linear fit over {len(base.slot)} finished samples explains "
+                f"{max(fitted.explained, 0.0):.0%} of the reward (each left out)"
+            )
+        batches = torch.arange(len(base.slot)).split(self.config.sampling.batch_size)
+        size = math.ceil(len(batches) / PARTS)
+
+        def part(first: int) -> linear.Field:
+            found = []
+            for i, rows in enumerate(batches[first : first + size], first):
+                between(i, len(batches))
+                found.append(self._field(base.at(rows), fitted))
+            return linear.Field(
+                torch.cat([field.score for field in found]),
+                torch.cat([field.gradient for field in found]),
+            )
+
+        parts = [
+            self.shelf.kept(
+                f"linear_{first // size:02d}",
+                identity(
+                    paths=self._identity(torch.cat(batches[first : first + size]), base.slot, None),
+                    steps=self.acting,
+                    slope=fitted.slope.double().sum().item(),
+                ),
+                linear.Field,
+                partial(part, first),
+            )
+            for first in range(0, len(batches), size)
+        ]
+        field = linear.Field(
+            torch.cat([part.score for part in parts]), torch.cat([part.gradient for part in parts])
+        )
+        self._course = linear.Course.of(base, field, self.table)
+        return field.padded(base)
+
+    @property
+    def acting(self) -> int:
+        """The number of steps, from the noisiest, in which the LoRA acts."""
+        return self.table.steps_until(self.config.model.lora_until)
+
+    def _field(self, draw: Draw, fitted: linear.LinearReward) -> linear.Field:
+        """Of one batch of paths, on the CPU."""
+        asked = [self.slots[i] for i in draw.slot.tolist()]
+        condition = self.policy.condition(asked, self.prompts.metadata(asked))
+        slope = fitted.slope.to(self.policy.device)
+        scores, gradients = [], []
+        for step in range(self.acting):
+            x = draw.x[:, step].to(self.policy.device).requires_grad_()
+            k = self.table.at_step(step, x)
+            with torch.enable_grad(), self.policy.reference():
+                output = self.policy.output(x, k.here.time, condition)
+                score = (kernels.predict_clean(x, output, k.here) * slope).flatten(1).sum(1)
+                (gradient,) = torch.autograd.grad(score.sum(), x)
+            scores.append(score.detach().cpu())
+            gradients.append(gradient.cpu())
+        return linear.Field(torch.stack(scores, 1), torch.stack(gradients, 1))
+
     def _seen(self, paths: Trajectories, output_ref: Tensor) -> Tensor:
         """r of what u_# predicts of the clean sample at each look, [n, looks] on the CPU."""
         found = [paths.x.new_zeros(len(paths.x), 0)]
@@ -391,7 +463,7 @@ class PoolCollector(Collector):
         rewards, gradients = [], []
         for rows in torch.arange(len(paths.condition)).split(size):
             x, condition = paths.x[beside(rows, paths.x)], paths.condition[rows]
-            if not self.gradients:
+            if self.gradients != "carried":
                 with torch.no_grad():
                     rewards.append(raw(x[:, -1], condition).float().cpu())
                 continue
@@ -402,7 +474,7 @@ class PoolCollector(Collector):
             carried = returns(self.policy, self.table, x, first, condition, found.gradient, adjoint)
             gradients.append(carried.mixed[:, 1:].cpu())
         reward = torch.cat(rewards)
-        return reward, torch.cat(gradients) if self.gradients else reward.new_zeros(len(reward), 0)
+        return reward, torch.cat(gradients) if gradients else reward.new_zeros(len(reward), 0)
 
 
 def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int = 1) -> Collector:
@@ -417,7 +489,7 @@ def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int
         parts.prompts,
         parts.config,
         log_reward=parts.log_reward,
-        gradients=objective.carries_gradient,
+        gradients=parts.config.pool.gradient if objective.carries_gradient else "none",
         shelf=shelf,
         world=world,
     )

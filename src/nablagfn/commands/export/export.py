@@ -136,9 +136,7 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    again = draw(
-        fresh, family, trained.config, drawn.prompts, trained.times, trained.lora_steps
-    )
+    again = draw(fresh, family, trained.config, drawn.prompts, trained.times, trained.lora_steps)
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()

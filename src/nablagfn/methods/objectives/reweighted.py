@@ -95,7 +95,8 @@ class Carrying:
 
 
 class ReweightedRegression(Objective):
-    """carrying: None for what the noise says alone. fraction: of each path's steps."""
+    """carrying: None for what the noise says alone. fraction: of each path's steps, among the
+    first `acting` (None: all). of_reward: whether what is carried is the reward's own gradient."""
 
     def __init__(
         self,
@@ -104,18 +105,22 @@ class ReweightedRegression(Objective):
         *,
         weight: StepWeight,
         fraction: float,
+        acting: int | None = None,
         carrying: Carrying | None = None,
+        of_reward: bool = True,
     ) -> None:
         self.policy = policy
         self.table = table
         self.weight = weight
         self.steps = SpreadChoice(fraction)
         self.carrying = carrying
-        self.uses_reward_gradient = self.carries_gradient = carrying is not None
+        self.acting = table.num_steps if acting is None else acting
+        self.carries_gradient = carrying is not None
+        self.uses_reward_gradient = self.carries_gradient and of_reward
         self.modules = nn.ModuleDict()
 
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
-        return self.steps(num_steps, generator)
+        return self.steps(self.acting, generator)
 
     def prepare(self, chosen: Selection) -> PoolSignals:
         """What the pool knows of each transition's path."""
@@ -254,5 +259,7 @@ def _build(p: Parts, carrying: Carrying | None) -> Objective:
         p.table,
         weight=p.weight("std"),
         fraction=p.config.model.timestep_fraction,
+        acting=p.table.steps_until(p.config.model.lora_until),
         carrying=carrying,
+        of_reward=p.config.pool.gradient == "carried",
     )

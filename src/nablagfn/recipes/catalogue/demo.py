@@ -1,4 +1,4 @@
-"""tiny-animals towards the glossy style, in minutes on two CPU cores (`make demo`)."""
+"""tiny-animals towards the glossy style by the published method, in minutes on two CPU cores."""
 
 from ...config import Config
 
