@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from nablagfn.cli import main
+from nablagfn.commands.assemble import build_policy
 from nablagfn.commands.export import export
 from nablagfn.commands.export.card import licence, plain
 from nablagfn.commands.export.proof import GREY_LEVEL, ROUNDING, Proof
@@ -19,10 +21,13 @@ from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core import rng
 from nablagfn.families import ExportForm
 from nablagfn.families.stable_diffusion import STABLE_DIFFUSION
+from nablagfn.methods.build import build_kernel
+from nablagfn.models.latent import LatentPolicy
 from nablagfn.models.locate import EMBEDDED
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.report.loading import how_to_load
 from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.trainer import steps_of
 from tests.worlds import randomise
 
 PROMPTS = ("a cat", "a fox on a blue background")
@@ -150,6 +155,41 @@ def test_dpm_solver_code_names_the_first_order_sde(run: RunFolder) -> None:
     for text in ("revision='v1'", "solver_order=1", "sde-dpmsolver++", '"it\'s"'):
         assert text in code
     assert "eta" not in code
+
+
+def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a callback that switches it off, in the proof and in the card's program; `fused`, in which
+    it would act always, is left out, and refused."""
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    part = RunFolder(tmp_path / "run")
+    config = run.config()
+    for key, value in {"model.lora_until": 0.3, "sampling.spacing": "logsnr"}.items():
+        set_option(config, key, value)
+    part.write_json("config.json", config.model_dump(mode="json"))
+    policy = build_policy(config, torch.device("cpu"))
+    assert isinstance(policy, LatentPolicy)
+    part.write_json("sampler.json", steps_of(build_kernel(config, policy)))
+    acting = part.lora_steps(0.3)
+    assert 0 < acting < STEPS and acting == policy.acting_steps(part.times())
+    main(["export", str(part.path), "--format=all"])
+    found = part.path / "export" / "update_000002"
+    assert {folder.name for folder in found.iterdir() if folder.is_dir()} == {"diffusers", "kohya"}
+    with pytest.raises(SystemExit):
+        main(["export", str(part.path), "--format=fused", "--out", str(tmp_path / "no")])
+    assert "--format fused: with config.model.lora_until=0.3" in capsys.readouterr().err
+    weights = part.checkpoints / "update_000002"
+    drawn = []
+    for steps in (acting, 0):
+        code = how_to_load(config, PROMPTS[0], str(weights), "", part.times(), steps)
+        assert ("disable_lora" in code) == bool(steps)
+        names: dict[str, object] = {}
+        torch.manual_seed(0)
+        exec(code, names)
+        drawn.append(np.asarray(names["image"], dtype=float))
+    assert np.abs(drawn[0] - drawn[1]).max() > 5
+    assert f"the first {acting} steps" in (found / "README.md").read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------- the proof

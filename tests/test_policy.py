@@ -12,12 +12,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from torch import Tensor
 
-from nablagfn.config import Config, ConfigError
+from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core.rollout import rollout
 from nablagfn.core.samplers import find_sampler
 from nablagfn.families import find_family
 from nablagfn.models.locate import locate
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
+from nablagfn.recipes.options import load_config
 from tests.tables import table_of
 from tests.tiny_pipeline import make_pipeline
 from tests.worlds import randomise
@@ -448,3 +449,19 @@ def test_a_lora_acts_up_to_its_share_of_signal_row_by_row() -> None:
     assert torch.autograd.grad(found[~off].sum(), policy.parameters()[-1])[0].any()
     assert policy.acting_steps([last + 5, last, last - 1]) == 2
     assert always.acting_steps([999.0, 0.0]) == 0
+
+
+@pytest.mark.parametrize("key", ["training.gradient_checkpointing", "speed.compile"])
+def test_a_lora_of_some_steps_refuses_passes_that_lose_its_rows(key: str) -> None:
+    config = load_config("demo")
+    for name, value in (("model.lora_until", 0.5), (key, True)):
+        set_option(config, name, value)
+    with pytest.raises(ConfigError, match=f"lora_until=0.5 does not go with config.{key}=True"):
+        find_family(config).check(config)
+
+
+def test_a_world_has_no_lora_to_switch_off() -> None:
+    config = load_config("worlds/ring")
+    set_option(config, "model.lora_until", 0.5)
+    with pytest.raises(ConfigError, match="set it to 1"):
+        find_family(config).check(config)

@@ -111,7 +111,7 @@ REACHED = Reached(
     least_kl=0.03,
     efficiency=0.1,
     shares={
-        "background: red": LabelShares(0.1, 0.1, 0.9),
+        "background: red": LabelShares(0.1, 0.1, 0.2),
         "style: flat": LabelShares(0.5, 0.4, 0.2),
         "style: glossy": LabelShares(0.22, 0.31, 0.57),
     },
@@ -130,6 +130,8 @@ def test_the_block(capsys: pytest.CaptureFixture[str]) -> None:
     assert "-1.000 ->   -0.820  (target 0.500)" in lines[0]
     assert "0.300 nats  (best possible for that reward 0.03; target 0.84)" in lines[1]
     assert "(target 0.830)" in lines[2] and "recognised 95% -> 95%  (target 94%)" in lines[2]
+    warm = replace(REACHED, shares={"background: red": LabelShares(0.13, 0.2, 0.32)})
+    assert said(capsys, warm).splitlines()[0].endswith("red background 13% -> 20%  (target 32%)")
     assert lines[3] == "reached 12% of the target's gain, with 10.0% efficiency"
 
 

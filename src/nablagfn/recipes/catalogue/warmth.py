@@ -1,4 +1,5 @@
-"""tiny-animals towards warm colours, beside its exact target (`make demo`): minutes on two cores."""
+"""tiny-animals towards warm colours, beside its exact target, in minutes on two CPU cores
+(`make demo`)."""
 
 from ...config import Config
 from . import demo
