@@ -115,11 +115,21 @@ def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() ->
     for step in (3, 5, 8):
         k = table.at_step(step, x[:, step])
         factor = (judged.end / judged.now)[:, step].double()
+        assert float(factor.std() / factor.mean()) < 0.1  # no path's own, nearly
+        noise_of_step = kernels.step_noise(x[:, step], x[:, step + 1], u[:, step], k)
+        aimed = k.std * field.gradient[:, step]
+        torch.testing.assert_close(course.along[:, step], (noise_of_step * aimed).sum(1))
+        torch.testing.assert_close(course.square[:, step], aimed.square().sum(1))
         aim = factor[:, None] * k.std * field.gradient[:, step]
         exact = known.std[step] * known.slope[step + 1]
         away = (weight[:, None] * (aim - exact)).mean(0)
         assert float(away.norm()) < 0.12 * float(exact.norm()), step
     assert float(judged.now[:, 0].mean()) == pytest.approx(1, abs=0.02)
+    # a prompt whose rewards, and with them its log Z, are higher by a constant
+    shift = torch.where(torch.arange(len(x)) % 2 == 0, 3.0, 0.0).double()
+    shifted = replace(course, score=course.score + shift[:, None])
+    again = shifted.judged(weight, log_z + beta * shift, beta, steps)
+    torch.testing.assert_close(again.end, judged.end, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_first_state_tells_is_made_up_for() -> None:
