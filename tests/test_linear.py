@@ -180,6 +180,43 @@ def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(tmp_path: Path
         torch.testing.assert_close(made._course.score[:, step].float(), score(x, step))
 
 
+def test_the_field_goes_on_with_fewer_rows_where_memory_runs_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = collector(options(), tmp_path / "whole", gradients="linear").collect(0)
+    made = collector(options(), tmp_path / "small", gradients="linear")
+    plain = made._field_of
+
+    def small(draw: Draw, slope: Tensor) -> Field:
+        if len(draw.slot) > 2:
+            raise torch.OutOfMemoryError
+        return plain(draw, slope)
+
+    made._field_of = small  # type: ignore[method-assign]
+    found = made.collect(0)
+    assert found.pooled is not None and whole.pooled is not None
+    assert found.pooled.gradient is not None and whole.pooled.gradient is not None
+    torch.testing.assert_close(found.pooled.gradient, whole.pooled.gradient)
+    assert made._rows <= 2 and "out of memory" in capsys.readouterr().out
+
+
+def test_the_fit_follows_beta(tmp_path: Path) -> None:
+    """The guard lowers β by `temper`; the fit is made again then, and only then."""
+    made = collector(options(), tmp_path, gradients="linear")
+    first = made.collect(0)
+    at_first = made._fitted
+    made.collect(1)
+    assert made._fitted is at_first
+    made.log_reward = replace(made.log_reward, temper=lambda: 0.5)
+    lowered = made.collect(0)
+    other = collector(options(model__reward_scale=1.0), tmp_path / "b", gradients="linear")
+    known = other.collect(0)
+    assert first.pooled and lowered.pooled and known.pooled and lowered.pooled.judged
+    assert known.pooled.judged is not None
+    torch.testing.assert_close(lowered.pooled.judged.end, known.pooled.judged.end)
+    torch.testing.assert_close(lowered.pooled.judged.now, known.pooled.judged.now)
+
+
 def test_what_is_learned_is_the_judged_length_along_the_gradient(tmp_path: Path) -> None:
     made = trainer(options(tmp_path, pool__gradient_cap=0.0, **LINEAR))
     chosen, batch = transitions(made, made.collector.collect(0))

@@ -195,8 +195,6 @@ class LatentPolicy:
     @functools.cached_property
     def last_time(self) -> float:
         """The cleanest time at which the LoRA acts."""
-        if self.lora_until == 1:
-            return self.noising.cleanest
         found = self.noising.time_at(math.acos(self.lora_until**0.5))
         levels = self.noising.levels(torch.tensor(found))
         if self.noising.whole and float(levels.alpha) ** 2 > self.lora_until:  # the nearest one

@@ -33,6 +33,12 @@ class Tensors:
     def of(cls: type[Kept], tensors: dict[str, Tensor]) -> Kept:
         return cls(**tensors)
 
+    @classmethod
+    def cat(cls: type[Kept], parts: Sequence[Kept]) -> Kept:
+        """All rows, one part after the other."""
+        names = [part.name for part in fields(cls)]  # type: ignore[arg-type]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
 
 @dataclass(frozen=True)
 class Draw(Tensors):
@@ -72,8 +78,8 @@ class Draw(Tensors):
             picked["output"] = picked["output_ref"]
         return Draw(**picked)
 
-    @staticmethod
-    def cat(parts: Sequence[Draw]) -> Draw:
+    @classmethod
+    def cat(cls, parts: Sequence[Draw]) -> Draw:
         values = {
             part.name: torch.cat([getattr(draw, part.name) for draw in parts])
             for part in fields(Draw)

@@ -19,10 +19,11 @@ RUN/pool/rank00_epoch00010_00.safetensors    the policy's own, drawn at the star
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -42,8 +43,10 @@ from ..prompts import PromptSet
 from ..runtime import backoff
 from . import critic, linear
 from .collect import Between, Collector, ignored
-from .draws import Draw, Shelf, identity
+from .draws import Draw, Kept, Shelf, identity
 from .updater import require_finite
+
+Found = TypeVar("Found")
 
 PARTS = 32  # files of a draw, at most
 MEASURED = 4096  # paths whose directions are taken, at most
@@ -145,6 +148,8 @@ class PoolCollector(Collector):
         self._slope = torch.ones(table.num_steps)
         self._directions: Tensor | None = None
         self._course: linear.Course | None = None
+        self._fitted: Judged | None = None  # of the course, for `_fitted_beta`
+        self._fitted_beta = math.nan
         self._own: dict[int, Draw] = {}  # by epoch
         self._rows = config.training.micro_batch or config.training.batch_size
 
@@ -202,9 +207,7 @@ class PoolCollector(Collector):
         count = len(self.slots)
         log_z = log_mean(of(base.reward.double()), base.slot, count)
         if self._course:
-            weight = (of(base.reward.double()) - log_z[base.slot]).exp()
-            beta = float(of(torch.ones((), dtype=torch.float64)))
-            return self._course.judged(weight, log_z[base.slot], beta, self.table.num_steps)
+            return self._expected(self._course, base, log_z[base.slot])
         curves: list[critic.ExpectedWeight] = []
         found = []
         for draw in draws:
@@ -226,6 +229,15 @@ class PoolCollector(Collector):
             torch.cat([end for _, end in far]),
             self._directions,
         )
+
+    def _expected(self, course: linear.Course, base: Draw, log_z: Tensor) -> Judged:
+        """ĥ by the linear fit and the steps along it, fitted again when β has changed."""
+        beta = float(self.log_reward.of(torch.ones((), dtype=torch.float64)))
+        if self._fitted is None or beta != self._fitted_beta:
+            weight = (beta * base.reward.double() - log_z).exp()
+            self._fitted = course.judged(weight, log_z, beta, self.table.num_steps)
+            self._fitted_beta = beta
+        return self._fitted
 
     def _taken(
         self, draw: Draw, shares: Shares, judged: Judged | None, rows: Tensor
@@ -303,30 +315,49 @@ class PoolCollector(Collector):
             self._directions = None if found is None else found.to(self.policy.device)
 
     def _drawn(self, epoch: int | None, between: Between) -> Draw:
-        """Paths of the pretrained model (epoch None), or of the policy as it is now.
-
-        Kept in parts, so that a filling that is cut off goes on where it was.
-        """
+        """Paths of the pretrained model (epoch None), or of the policy as it is now."""
         s = self.config.pool
         each = s.images_per_prompt if epoch is None else round(s.own_share * s.images_per_prompt)
         slot = torch.arange(len(self.slots)).repeat_interleave(each)
-        batches = torch.arange(len(slot)).split(self.config.sampling.batch_size)
-        name = "base" if epoch is None else f"epoch{epoch:05d}"
+        return self._in_parts(
+            "base" if epoch is None else f"epoch{epoch:05d}",
+            Draw,
+            len(slot),
+            lambda rows: self._identity(rows, slot, epoch),
+            lambda rows: self._measured(slot[rows], rows + self.rank * len(slot), epoch),
+            between,
+        )
+
+    def _in_parts(
+        self,
+        name: str,
+        kind: type[Kept],
+        paths: int,
+        of: Callable[[Tensor], str],
+        make: Callable[[Tensor], Kept],
+        between: Between,
+    ) -> Kept:
+        """The record that is kept by that name of so many paths, made a batch at a time.
+
+        It is kept in parts, each of which knows what it is of, so that a filling that is cut off
+        goes on where it was.
+        """
+        batches = torch.arange(paths).split(self.config.sampling.batch_size)
         size = math.ceil(len(batches) / PARTS)
 
-        def part(first: int) -> Draw:
+        def part(first: int) -> Kept:
             found = []
             for i, rows in enumerate(batches[first : first + size], first):
                 between(i, len(batches))
-                found.append(self._measured(slot[rows], rows + self.rank * len(slot), epoch))
-            return Draw.cat(found)
+                found.append(make(rows))
+            return kind.cat(found)
 
-        return Draw.cat(
+        return kind.cat(
             [
                 self.shelf.kept(
                     f"{name}_{first // size:02d}",
-                    self._identity(torch.cat(batches[first : first + size]), slot, epoch),
-                    Draw,
+                    of(torch.cat(batches[first : first + size])),
+                    kind,
                     partial(part, first),
                 )
                 for first in range(0, len(batches), size)
@@ -382,34 +413,16 @@ class PoolCollector(Collector):
                 f"pool: a linear fit over {len(base.slot)} finished samples explains "
                 f"{max(fitted.explained, 0.0):.0%} of the reward (each left out)"
             )
-        batches = torch.arange(len(base.slot)).split(self.config.sampling.batch_size)
-        size = math.ceil(len(batches) / PARTS)
-
-        def part(first: int) -> linear.Field:
-            found = []
-            for i, rows in enumerate(batches[first : first + size], first):
-                between(i, len(batches))
-                found.append(self._field(base.at(rows), fitted))
-            return linear.Field(
-                torch.cat([field.score for field in found]),
-                torch.cat([field.gradient for field in found]),
-            )
-
-        parts = [
-            self.shelf.kept(
-                f"linear_{first // size:02d}",
-                identity(
-                    paths=self._identity(torch.cat(batches[first : first + size]), base.slot, None),
-                    steps=self.acting,
-                    slope=fitted.slope.double().sum().item(),
-                ),
-                linear.Field,
-                partial(part, first),
-            )
-            for first in range(0, len(batches), size)
-        ]
-        field = linear.Field(
-            torch.cat([part.score for part in parts]), torch.cat([part.gradient for part in parts])
+        slope = fitted.slope.double().sum().item()
+        field = self._in_parts(
+            "linear",
+            linear.Field,
+            len(base.slot),
+            lambda rows: identity(
+                paths=self._identity(rows, base.slot, None), steps=self.acting, slope=slope
+            ),
+            lambda rows: self._field(base.at(rows), fitted.slope),
+            between,
         )
         self._course = linear.Course.of(base, field, self.table)
         return field.padded(base)
@@ -419,11 +432,20 @@ class PoolCollector(Collector):
         """The number of steps, from the noisiest, in which the LoRA acts."""
         return self.table.steps_until(self.config.model.lora_until)
 
-    def _field(self, draw: Draw, fitted: linear.LinearReward) -> linear.Field:
+    def _field(self, draw: Draw, slope: Tensor) -> linear.Field:
         """Of one batch of paths, on the CPU."""
+
+        def attempt(size: int) -> linear.Field:
+            rows = torch.arange(len(draw.slot)).split(size)
+            return linear.Field.cat([self._field_of(draw.at(some), slope) for some in rows])
+
+        return self._fitting(attempt)
+
+    def _field_of(self, draw: Draw, slope: Tensor) -> linear.Field:
+        """The same, all rows at a time."""
         asked = [self.slots[i] for i in draw.slot.tolist()]
         condition = self.policy.condition(asked, self.prompts.metadata(asked))
-        slope = fitted.slope.to(self.policy.device)
+        slope = slope.to(self.policy.device)
         scores, gradients = [], []
         for step in range(self.acting):
             x = draw.x[:, step].to(self.policy.device).requires_grad_()
@@ -451,9 +473,13 @@ class PoolCollector(Collector):
     def _rewards(self, paths: Trajectories) -> tuple[Tensor, Tensor]:
         """r [n] float32 of the ends and λ_{k+1} [n, N, ...] of all steps, on the CPU; [n, 0]
         without gradients."""
+        return self._fitting(lambda size: self._rewards_by(paths, size))
+
+    def _fitting(self, attempt: Callable[[int], Found]) -> Found:
+        """attempt(rows at a time), with fewer where memory runs out."""
         if self.policy.together:  # other processes make the same passes
-            return self._rewards_by(paths, self._rows)
-        found = backoff.fit(lambda rows: self._rewards_by(paths, rows), self._rows, print)
+            return attempt(self._rows)
+        found = backoff.fit(attempt, self._rows, print)
         self._rows = found.rows
         return found.value
 

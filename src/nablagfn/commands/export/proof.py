@@ -70,8 +70,7 @@ def draw(
     """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1].
 
     times: of the run's steps, for an uneven grid. lora_steps: in so many first ones the LoRA acts;
-    0: in all. Raises ConfigError when no scheduler of
-    diffusers draws so.
+    0: in all. Raises ConfigError when no scheduler of diffusers draws so.
     """
     assert family.stock_sampler is not None
     stock, sampling = family.stock_sampler(config, times), config.sampling
