@@ -225,6 +225,7 @@ EFFECTS = {
     "training.gradient_accumulation_steps": world(2),
     "training.micro_batch": trainer(3, lambda made: made.updater.rows),
     "training.num_epochs": world(1),
+    "training.max_minutes": world(1e-9),
     "training.mixed_precision": Effect(
         "fp16", lambda config, place: weight_dtype(config, torch.device("cuda"))
     ),

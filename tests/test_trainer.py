@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,25 @@ def test_settings_that_change_the_result_are_refused_on_resume(tmp_path: Path) -
         make_trainer(small_config(tmp_path, **{"model.reward_scale": 7}))
     longer = make_trainer(small_config(tmp_path, **{"training.num_epochs": 3})).fit()
     assert longer.updates == 6
+
+
+def test_a_run_ends_by_its_minutes_is_measured_and_goes_on_with_more(tmp_path: Path) -> None:
+    """It stands where a run of so many epochs stands, and measuring takes none of its time."""
+    measured = {"evaluation.num_prompts": 2, "evaluation.images_per_prompt": 2}
+    hurried = {**measured, "training.max_minutes": 1e-9, "logging.save_freq": 50}
+    ended = make_trainer(small_config(tmp_path / "a", **hurried)).fit()
+    plain = make_trainer(small_config(tmp_path / "b", **measured, **{"training.num_epochs": 1}))
+    whole = plain.fit()
+    assert ended.finished and ended.updates == whole.updates == 2
+    assert ended.after == whole.after is not None
+    again = make_trainer(small_config(tmp_path / "a", **hurried)).fit()
+    assert again.updates == 2 and again.after == ended.after
+    hurried["training.max_minutes"] = 0
+    longer = make_trainer(small_config(tmp_path / "a", **hurried)).fit()
+    assert longer.updates == 4
+    rows = longer.folder.joinpath("metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(row)["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ class Training(Group):
         "and speed, not results",
     )
     num_epochs: int = Field(100, ge=1, description="epochs (sample, then update)")
+    max_minutes: float = Field(
+        0.0,
+        ge=0,
+        description="minutes of training after which the run ends, with the epoch that is under "
+        "way; over restarts, measurements not counted. 0: only training.num_epochs ends it",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16",
         description="dtype of the frozen weights on a GPU; the LoRA, scores, scheduler algebra and "

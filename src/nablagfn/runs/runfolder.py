@@ -41,6 +41,7 @@ CHANGEABLE = (
     "pretrained.family",
     "reward.weights",
     "training.num_epochs",
+    "training.max_minutes",
     "training.micro_batch",
     "training.gradient_checkpointing",
     "training.vae_slice",

@@ -83,6 +83,7 @@ class Observer:
         )
         named = {
             **figures.headline(),
+            "gain": figures.reward_mean - mean_reward(base),
             "diversity_kept": probe.diversity_kept,
             "drift": float(feature_drift(features_of(now), features_of(base))),
         }
@@ -185,6 +186,11 @@ def repeat(prompts: Sequence[str], times: int) -> list[str]:
 def held_out_std(samples: Sequence[Sample], name: str) -> float:
     """Standard deviation of a held-out reward over the samples."""
     return float(torch.tensor([sample.held_out[name] for sample in samples]).std())
+
+
+def mean_reward(samples: Sequence[Sample]) -> float:
+    """Mean over the samples; NaN where one reward is not known."""
+    return sum(sample.reward for sample in samples) / len(samples)
 
 
 def features_of(samples: Sequence[Sample]) -> Tensor:

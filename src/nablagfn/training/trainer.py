@@ -237,7 +237,8 @@ class Trainer:
     # ------------------------------------------------------------------ the run
 
     def fit(self) -> RunResult:
-        """Train to `training.num_epochs`, continuing from the newest checkpoint if there is one.
+        """Train to `training.num_epochs`, or for `training.max_minutes`, continuing from the newest
+        checkpoint if there is one.
 
         Raises TrainingError when the loss is no longer finite, or when one transition at a time
         is too much for the device's memory.
@@ -263,7 +264,7 @@ class Trainer:
                 "training", epochs * self.updates_per_epoch, position.update, show=self.show
             ) as bar,
         ):
-            while position.epoch < epochs and not self.guard.state.stopped:
+            while not self._ended(position):
                 if distributed.any_process(self.accelerator, self._enough):
                     self._save(position)
                     break
@@ -278,7 +279,7 @@ class Trainer:
                 if untold:
                     bar.line(compilations())
                     untold = False
-        finished = position.epoch == epochs or self.guard.state.stopped
+        finished = self._ended(position)
         ending = self._look_at_the_end(position) if finished else Ending()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
@@ -292,6 +293,12 @@ class Trainer:
             ending.after,
             ending.against_target,
         )
+
+    def _ended(self, position: Position) -> bool:
+        """Whether the run is over: by its epochs, its minutes, or the guard."""
+        limit = 60 * self.config.training.max_minutes
+        late = bool(limit) and distributed.any_process(self.accelerator, position.seconds >= limit)
+        return late or self.guard.state.stopped or position.epoch >= self.config.training.num_epochs
 
     def _open_run(self) -> Position:
         """Create or reopen the run folder; every process starts from the same position."""
@@ -332,8 +339,8 @@ class Trainer:
     def _save_if_due(self, position: Position) -> None:
         """Every `logging.save_freq` epochs, at the end, and what the guard wants to keep."""
         wanted = self.guard.best_checkpoint == runfolder.checkpoint_name(position.update)
-        stopped = self.guard.state.stopped
-        if wanted or stopped or self._due(self.config.logging.save_freq, position.epoch):
+        ended = self._ended(position)
+        if wanted or ended or self._due(self.config.logging.save_freq, position.epoch):
             self._save(position)
             self._write_guard()
 
@@ -368,8 +375,8 @@ class Trainer:
 
     def _epoch(self, position: Position, bar: Bar, stop: StopRequest) -> Position:
         """Draw samples with the parameters of now, update on them, log. May raise Stopped."""
-        started = time.perf_counter()
-        epoch, update = position.epoch, position.update
+        started = time.perf_counter() - position.seconds
+        epoch, update, seconds = position.epoch, position.update, position.seconds
         drawn = self.collector.collect(epoch, partial(self._between, bar, stop))
         scores = self._scores(drawn) if drawn.reward is None else Scores(drawn.reward, {})
         drawn = replace(drawn, reward=scores.total)
@@ -384,14 +391,14 @@ class Trainer:
                 done = self.updater.update(chosen)
                 row = {**rewards, **done.metrics, **self.counts.take()}
                 update += 1
-                seconds = position.seconds + time.perf_counter() - started
+                seconds = time.perf_counter() - started
                 if bar.advance() == (epoch + 1) * self.updates_per_epoch:
                     row |= self._look(epoch + 1, update, bar)
                 row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
                 self.log.write(update, row, done.by_step)
                 self._tell(update, row)
         self.observer.advise(bar, self.log.rows, self.log.by_step)
-        return Position(epoch + 1, update, position.seconds + time.perf_counter() - started)
+        return Position(epoch + 1, update, seconds)
 
     def _tell(self, update: int, row: Mapping[str, Any]) -> None:
         """Call the callbacks, on the main process."""
