@@ -16,11 +16,18 @@ from nablagfn.core.kernels import KernelTable, Step
 from nablagfn.core.log_reward import LogReward, terminal_gradient
 from nablagfn.core.lookahead import Guessed, guess
 from nablagfn.core.rollout import WindowChoice, rollout
-from nablagfn.core.types import Condition, Losses, Policy, Selection, Trajectories
-from nablagfn.core.value_gradient import Estimator, mean_square
+from nablagfn.core.types import (
+    Condition,
+    Losses,
+    Policy,
+    Selection,
+    Trajectories,
+    Transitions,
+)
+from nablagfn.core.value_gradient import Estimator, mean_square, shortened
 from nablagfn.methods.estimators.adjoint_matching import AdjointMatching
 from nablagfn.methods.estimators.guess import Guess
-from nablagfn.methods.estimators.nabla_db_lambda import NablaDBLambda
+from nablagfn.methods.estimators.nabla_db_lambda import NablaDBLambda, ReturnAhead, mirrored
 from nablagfn.methods.estimators.terminal_gradient import TerminalGradient
 from nablagfn.methods.objectives.matching import MatchingObjective, residual_score
 from tests.tables import table_of
@@ -401,3 +408,60 @@ def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
         "window, finetuned": (6 * transitions + 2 * paths - 2, transitions + paths),
         "window, guess alone": (5 * transitions - 2, transitions),
     }
+
+
+# ------------------------------------------------------------------------ mirror, quantile
+
+
+def test_the_mirror_is_about_the_mean_of_what_drew_the_step(scene: Scene) -> None:
+    """Also after an update, when the policy's own mean is another one."""
+    batch = scene.chosen.transitions()
+    drawn = scene.world.output(
+        batch.x, scene.table.at(batch.step, batch.x).here.time, batch.condition
+    )
+    randomise(scene.world.parameters(), 0.2, seed=9)
+    k = scene.table.at(batch.step, batch.x)
+    noise = (batch.x_next - kernels.mean(batch.x, drawn.detach(), k)) / k.std
+    opposite = kernels.mean(batch.x, drawn.detach(), k) - k.std * noise
+    close(mirrored(batch, k), opposite)
+    ours = scene.ours(None, 0.0, mirror=True)
+    found = ours.ahead(batch, k, batch.x, drawn.detach())
+    assert isinstance(found, ReturnAhead)
+    both = [ours.value(x, k, batch.condition) for x in (batch.x_next, opposite)]
+    close(found.return_next, (both[0] + both[1]) / 2)
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_the_mirror_cancels_the_odd_part_of_the_noise(scene: Scene) -> None:
+    """A step and its opposite have one v̂: half of what the noise did to V is gone, exactly."""
+    batch = scene.chosen.transitions()
+    k = scene.table.at(batch.step, batch.x)
+    there = replace(batch, x_next=mirrored(batch, k))
+    ours, plain = scene.ours(None, 0.0, mirror=True), scene.ours(None, 0.0)
+    output_ref = batch.output_old
+
+    def at(estimator: Estimator, of: Transitions) -> Tensor:
+        found = estimator.ahead(of, k, of.x, output_ref)
+        assert isinstance(found, ReturnAhead)
+        return found.return_next
+
+    close(at(ours, batch), at(ours, there))
+    assert not torch.allclose(at(plain, batch), at(plain, there))
+
+
+def test_long_value_gradients_are_shortened_to_a_quantile(scene: Scene) -> None:
+    """In units of the step, of all of an update's transitions, whatever the chunk."""
+    estimator = AdjointMatching(scene.world, scene.log_reward, scene.table, chunk=2)
+    plain = MatchingObjective(scene.world, scene.table, estimator)
+    clipped = MatchingObjective(scene.world, scene.table, estimator, quantile=0.5)
+    v, short = (o.prepare(scene.chosen).return_next for o in (plain, clipped))
+    std = scene.table.at(scene.chosen.step, v).std.flatten()
+    length, now = (std * a.norm(dim=1) for a in (v, short))
+    close(now, length.clamp(max=length.median() if len(length) % 2 else length.quantile(0.5)))
+    close(short / now[:, None], v / length[:, None])
+    assert int((now < length).sum()) == len(length) // 2
+
+
+def test_no_length_is_no_trouble() -> None:
+    nothing = torch.zeros(3, 2)
+    assert torch.equal(shortened(nothing, torch.ones(3, 1), 0.5), nothing)

@@ -749,11 +749,29 @@ def test_a_buffer_that_never_fills_is_refused(tmp_path: Path) -> None:
         KINDS[0].trainer(method_config("ddpo", tmp_path, **{"method.prompt_min_count": 40}))
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("nabla-db", {"method.clip_quantile": 0.9}, "clip_quantile=0.9 is for adjoint-matching"),
+        ("nabla-db-lambda", {"method.clip_quantile": 0.9}, "leave it at 1"),
+        ("nabla-db-lambda", {"method.mirror": True, "method.window": 2}, "window and"),
+        ("nabla-db-lambda", {"method.mirror": True, "method.return_lambda": 0.5}, "return_lambda"),
+    ],
+)
+def test_options_of_other_ways_to_estimate_are_refused(
+    method: str, options: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KINDS[0].trainer(method_config(method, tmp_path, **options))
+    assert not list(tmp_path.iterdir())
+
+
 COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n, K and copies
     ("nabla-db", ""): lambda n, k, c: (7 * n - 2, 2 * n),
     ("nabla-db", "model.no_flow=1"): lambda n, k, c: (5 * n - 2, n),
     ("nabla-db", "model.reverse_loss_scale=0"): lambda n, k, c: (5 * n - 2, n),
     ("nabla-db-lambda", ""): lambda n, k, c: (6 * n - 2, 2 * n),
+    ("nabla-db-lambda", "method.mirror=1"): lambda n, k, c: (8 * n - 4, 3 * n),
     ("nabla-db-lambda", "method.return_lambda=0.5"): lambda n, k, c: (5 * n - 1, n + 1),
     ("nabla-db-lambda", "method.return_lambda=1"): lambda n, k, c: (4 * n - 1, 1),
     ("nabla-db-pool", ""): lambda n, k, c: (4 * n - 1, 1),  # 2n − 1 of it back along the pool

@@ -53,6 +53,21 @@ class MethodSettings(Group):
         description="whose x̂ the reward guess uses; auto: finetuned for nabla-db, pretrained for "
         "nabla-db-lambda",
     )
+    mirror: bool = Field(
+        False,
+        description="nabla-db-lambda without a sweep: v̂ is the mean of V at x_{k+1} and at its "
+        "mirror image about the mean of the step that drew it, which cancels the odd part of that "
+        "noise. A second guess for each transition",
+    )
+    clip_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="adjoint-matching, and nabla-db-lambda with a sweep: v̂ whose length in steps, "
+        "σ_k‖v̂‖, is above this quantile of an update's transitions (in this process) is shortened "
+        "to it; 1: any length. For paths that cross between modes, with gradients a hundred times "
+        "as long as others",
+    )
     draft_steps: int = Field(
         10, ge=1, description="draft-k: K, the last steps that the reward's gradient passes"
     )

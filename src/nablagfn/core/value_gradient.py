@@ -94,6 +94,14 @@ def step_weight(k: Step, mode: StepWeight) -> Tensor:
     return k.std if mode == "std" else k.std**mode
 
 
+def shortened(value: Tensor, std: Tensor, quantile: float) -> Tensor:
+    """v̂ [M, ...] with σ_k‖v̂‖ no longer than its quantile over the M rows; std: σ_k [M, 1, ...]."""
+    length = (std * value).flatten(1).norm(dim=1)
+    longest = length.quantile(quantile)
+    factor = longest / torch.maximum(length, longest).clamp(min=torch.finfo(length.dtype).tiny)
+    return value * factor.reshape(std.shape)
+
+
 def mean_square(value: Tensor) -> Tensor:
     """Elementwise mean of squares per sample: [M, ...] -> [M]."""
     return value.square().flatten(1).mean(1)

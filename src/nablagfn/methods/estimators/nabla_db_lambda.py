@@ -61,7 +61,8 @@ class NablaDBLambda(Estimator):
 
     frozen_guess: x̂ of the pretrained model (the guess and the Bellman target at x_k then pass
     through the same ε_#) or of the finetuned one. window: transitions are chosen as a window.
-    how: the guess is made. chunk: paths per sweep.
+    how: the guess is made. mirror: without a sweep v̂ is the mean of V at x_{k+1} and at its mirror
+    image. chunk: paths per sweep.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class NablaDBLambda(Estimator):
         window: bool = False,
         hint: bool = False,
         how: How = GRADIENT,
+        mirror: bool = False,
         chunk: int,
     ) -> None:
         self.how = how
@@ -92,6 +94,7 @@ class NablaDBLambda(Estimator):
         self.sweeps = window or lam > 0
         self.window = window
         self.hint = hint
+        self.mirror = mirror
         self.chunk = chunk
         self.needs_input_graph = flow is not None and not self.sweeps
         self.modules = nn.ModuleDict({} if flow is None else {"flow": flow})
@@ -158,6 +161,8 @@ class NablaDBLambda(Estimator):
         if self.sweeps:
             return NOTHING_AHEAD
         v = self.value(batch.x_next, k, batch.condition)
+        if self.mirror:
+            v = (v + self.value(mirrored(batch, k), k, batch.condition)) / 2
         if self.flow is None or not self.frozen_guess:
             return ReturnAhead(v)
         return ReturnAhead(v, self._frozen_target(batch, k, x, output_ref, v))
@@ -228,6 +233,11 @@ class NablaDBLambda(Estimator):
         return kernels.predict_clean(here.x, output, here.k.here)
 
 
+def mirrored(batch: Transitions, k: Step) -> Tensor:
+    """2m_θ†(x_k) − x_{k+1}, [M, ...]: where the step had ended with the opposite noise."""
+    return 2 * kernels.mean(batch.x, batch.output_old, k) - batch.x_next
+
+
 def _rows(flags: Tensor, like: Tensor) -> Tensor:
     """[M] booleans shaped to broadcast against `like` [M, ...]."""
     return flags.reshape(-1, *([1] * (like.ndim - 1)))
@@ -242,6 +252,12 @@ def build(p: Parts) -> Objective:
             f"config.method.guess={p.how.kind} is for nabla-db-lambda with a sweep: set "
             "config.method.window"
         )
+    sweeps = m.window > 0 or m.return_lambda > 0
+    if m.mirror and sweeps:
+        raise ConfigError(
+            "config.method.mirror is for single transitions: set config.method.window and "
+            "config.method.return_lambda to 0"
+        )
     estimator = NablaDBLambda(
         p.policy,
         p.log_reward,
@@ -254,6 +270,8 @@ def build(p: Parts) -> Objective:
         frozen_guess=p.frozen_guess(True),
         window=m.window > 0,
         how=p.how,
+        mirror=m.mirror,
         chunk=p.chunk,
     )
-    return p.matching(estimator, weight, WindowChoice(m.window) if m.window else None)
+    steps = WindowChoice(m.window) if m.window else None
+    return p.matching(estimator, weight, steps, sweeps=sweeps)

@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import kernels
+from ...core.bellman import ReturnSignals
 from ...core.kernels import KernelTable, Step
 from ...core.rollout import StepChoice
 from ...core.types import Losses, Objective, Policy, Selection, Signals, Transitions
@@ -23,6 +25,7 @@ from ...core.value_gradient import (
     ReferenceSignals,
     StepWeight,
     mean_square,
+    shortened,
     step_weight,
 )
 
@@ -45,7 +48,8 @@ class MatchingObjective(Objective):
     """Residual gradient matching with an exchangeable estimator of ∇ log F̃.
 
     strength: s, weight of log p_# (1 = the paper). trust: λ, weight of the trust region. weight:
-    w_k. steps: which transitions of a trajectory are learned from.
+    w_k. steps: which transitions of a trajectory are learned from. quantile: of the lengths of v̂
+    that are known of a whole update, to which longer ones are shortened.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class MatchingObjective(Objective):
         trust: float = 0.0,
         weight: StepWeight = "one",
         steps: Callable[[int, torch.Generator], Tensor] | None = None,
+        quantile: float = 1.0,
     ) -> None:
         self.policy = policy
         self.table = table
@@ -66,6 +71,7 @@ class MatchingObjective(Objective):
         self.trust = trust
         self.weight = weight
         self.steps = steps or StepChoice()
+        self.quantile = quantile
         self.modules = estimator.modules
 
     def choose(self, num_steps: int, generator: torch.Generator) -> Tensor:
@@ -75,7 +81,13 @@ class MatchingObjective(Objective):
         self.estimator.limit_rows(rows)
 
     def prepare(self, chosen: Selection) -> Signals:
-        return self.estimator.prepare(chosen)
+        signals = self.estimator.prepare(chosen)
+        if self.quantile == 1 or not isinstance(signals, ReturnSignals):
+            return signals
+        v = signals.return_next
+        assert v is not None
+        std = self.table.at(chosen.step, v).std
+        return replace(signals, return_next=shortened(v, std, self.quantile))
 
     def evaluate(self, batch: Transitions) -> Evaluated:
         """Both models at x_k; the frozen one unless it came as a signal, and without a graph unless
