@@ -157,22 +157,26 @@ def test_dpm_solver_code_names_the_first_order_sde(run: RunFolder) -> None:
     assert "eta" not in code
 
 
+@pytest.mark.parametrize("fade", [0.0, 0.5])
 def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
-    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fade: float, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a callback that switches it off, in the proof and in the card's program; `fused`, in which
-    it would act always, is left out, and refused."""
+    """By a callback that weakens it and switches it off, in the proof and in the card's program,
+    which draws what the trainer draws; `fused`, in which it would act always, is refused."""
     shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     part = RunFolder(tmp_path / "run")
     config = run.config()
-    for key, value in {"model.lora_until": 0.3, "sampling.spacing": "logsnr"}.items():
+    options = {"model.lora_until": 0.3, "model.lora_fade": fade, "sampling.spacing": "logsnr"}
+    for key, value in options.items():
         set_option(config, key, value)
     part.write_json("config.json", config.model_dump(mode="json"))
     policy = build_policy(config, torch.device("cpu"))
     assert isinstance(policy, LatentPolicy)
     part.write_json("sampler.json", steps_of(build_kernel(config, policy)))
-    acting = part.lora_steps(0.3)
-    assert 0 < acting < STEPS and acting == policy.acting_steps(part.times())
+    strengths = part.lora_strengths(config)
+    acting = sum(strength > 0 for strength in strengths)
+    assert 0 < acting < STEPS == len(strengths)
+    assert strengths == pytest.approx(policy.lora_strengths(part.times()))
     main(["export", str(part.path), "--format=all"])
     found = part.path / "export" / "update_000002"
     assert {folder.name for folder in found.iterdir() if folder.is_dir()} == {"diffusers", "kohya"}
@@ -181,15 +185,17 @@ def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
     assert "--format fused: with config.model.lora_until=0.3" in capsys.readouterr().err
     weights = part.checkpoints / "update_000002"
     drawn = []
-    for steps in (acting, 0):
-        code = how_to_load(config, PROMPTS[0], str(weights), "", part.times(), steps)
-        assert ("disable_lora" in code) == bool(steps)
+    for given in (strengths, ()):
+        code = how_to_load(config, PROMPTS[0], str(weights), "", part.times(), given)
+        assert ("disable_lora" in code) == bool(given and not fade)
+        assert ("set_adapters" in code) == bool(given and fade)
         names: dict[str, object] = {}
         torch.manual_seed(0)
         exec(code, names)
         drawn.append(np.asarray(names["image"], dtype=float))
     assert np.abs(drawn[0] - drawn[1]).max() > 5
-    assert f"the first {acting} steps" in (found / "README.md").read_text(encoding="utf-8")
+    words = f"{strengths[0]:.6g}, " if fade else f"the first {acting} steps"
+    assert words in (found / "README.md").read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------- the proof

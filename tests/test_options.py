@@ -260,6 +260,7 @@ EFFECTS = {
     "model.lora_rank": pictures(2),
     "model.lora_targets": pictures(("resnets",)),
     "model.lora_until": pictures(0.5),
+    "model.lora_fade": pictures(0.5),
     "model.reward_scale": world(0.1),
     "model.pretrained_strength": world(0.5),
     "model.timestep_fraction": world(1.0, method__window=0),

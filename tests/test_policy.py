@@ -16,6 +16,7 @@ from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core.rollout import rollout
 from nablagfn.core.samplers import find_sampler
 from nablagfn.families import find_family
+from nablagfn.models.latent import ADAPTER
 from nablagfn.models.locate import locate
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.recipes.options import load_config
@@ -447,8 +448,35 @@ def test_a_lora_acts_up_to_its_share_of_signal_row_by_row() -> None:
     (gradient,) = torch.autograd.grad(found[off].sum(), policy.parameters()[-1], retain_graph=True)
     assert not gradient.any()
     assert torch.autograd.grad(found[~off].sum(), policy.parameters()[-1])[0].any()
-    assert policy.acting_steps([last + 5, last, last - 1]) == 2
-    assert always.acting_steps([999.0, 0.0]) == 0
+    assert policy.lora_strengths([last + 5, last, last - 1]) == (1, 1, 0)
+    assert always.lora_strengths([999.0, 0.0]) == ()
+
+
+@pytest.mark.parametrize("until", [1.0, 0.5])
+def test_a_lora_fades_row_by_row(until: float) -> None:
+    """With the strength s it does what one does whose scale is s, and its gradient is that one's.
+    Above `lora_until` it does nothing."""
+    power = 0.5
+    policy = make_policy(lora_until=until, lora_fade=power)
+    plain = make_policy()
+    plain.load_state_dict(policy.state_dict())
+    x, _, where = some_inputs(policy)
+    time = torch.tensor([999.0, 600.0, 0.0])
+    alpha_bar = policy.noising.levels(time).alpha.square()
+    wanted = [(until / float(level)) ** power if level <= until else 0 for level in alpha_bar]
+    assert policy.lora_strengths(time.tolist()) == pytest.approx(wanted)
+    assert wanted[0] > wanted[1] > 1 and (wanted[2] == 0) == (until < 1)
+    found = policy.output(x, time, where)
+    for row, strength in enumerate(wanted):
+        one = torch.tensor([row])
+        plain.network.set_adapters(ADAPTER, strength)
+        alike = plain.output(x[one], time[one], where[one])
+        torch.testing.assert_close(found[one], alike, rtol=1e-4, atol=1e-4)
+        ours, theirs = (
+            torch.autograd.grad(out.sum(), made.parameters()[-1], retain_graph=True)[0]
+            for out, made in ((found[one], policy), (alike, plain))
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("key", ["training.gradient_checkpointing", "speed.compile"])
@@ -458,10 +486,13 @@ def test_a_lora_of_some_steps_refuses_passes_that_lose_its_rows(key: str) -> Non
         set_option(config, name, value)
     with pytest.raises(ConfigError, match=f"lora_until=0.5 does not go with config.{key}=True"):
         find_family(config).check(config)
+    config.model.lora_until, config.model.lora_fade = 1, 0.5
+    with pytest.raises(ConfigError, match=f"lora_fade=0.5 does not go with config.{key}=True"):
+        find_family(config).check(config)
 
 
 def test_a_world_has_no_lora_to_switch_off() -> None:
     config = load_config("worlds/ring")
     set_option(config, "model.lora_until", 0.5)
-    with pytest.raises(ConfigError, match="set it to 1"):
+    with pytest.raises(ConfigError, match=r"lora_until=0\.5 .* set it back"):
         find_family(config).check(config)

@@ -3,7 +3,7 @@
     python tools/frontier.py --out runs/pictures        # two hours on two cores
 
 A queue of runs of `nablagfn train`, most important first: the recipe of `make demo` by three seeds,
-every method for the same minutes of one core, then longer runs with larger LoRAs. A run that ended
+every method for the same minutes of one core, and longer runs with larger LoRAs. A run that ended
 is kept, one that was cut off goes on where it stood, and what has not been run stays empty in the
 page. OUT/target is the best there is, by `nablagfn target`; docs/frontier.md, its plots and
 OUT/comparison.html are written from these files alone.
@@ -35,7 +35,7 @@ ON_POLICY: dict[str, object] = {  # the settings of `demo`, with the reward and 
     "experiment.reward_fn": "warmth",
     "model.reward_scale": BETA,
     "training.num_epochs": 10_000,  # the minutes end it
-    "logging.eval_freq": 5,
+    "logging.eval_freq": 15,
 }
 LAMBDA = {"experiment.method": "nabla-db-lambda", "model.reward_adaptive_mode": "none"}
 RIVALS: dict[str, dict[str, object]] = {
@@ -71,27 +71,38 @@ LONG: dict[str, object] = {
     "training.num_epochs": 300,
 }
 LARGER: dict[str, dict[str, object]] = {
-    "rank 8, attention": {},
     "rank 16, all layers": {"model.lora_rank": 16, "model.lora_targets": "all"},
+    "rank 8, attention": {},
     "rank 64, all layers": {"model.lora_rank": 64, "model.lora_targets": "all"},
 }
-FIRST = ("residual ∇-DB (paper)", LINEAR, "Adjoint Matching", "∇-DB(λ)", "terminal gradient")
+FIRST = (
+    "residual ∇-DB (paper)",
+    LINEAR,
+    "Adjoint Matching",
+    "DDPO",
+    "DRaFT-4",
+    "∇-DB(λ)",
+    NOISE,
+)
 
 
 def queue() -> list[Run]:
     """All runs, most important first."""
-    demo = [Run("demo", "make demo", "warmth", seed=seed) for seed in SEEDS]
-    methods = [
-        *(method(label, "demo", {**ON_POLICY, **own}) for label, own in RIVALS.items()),
-        *(method(label, "warmth", own) for label, own in POOLED.items()),
-    ]
-    early = [run for label in FIRST for run in methods if run.label == label]
-    late = [run for run in methods if run.label not in FIRST]
+    methods = {
+        **{label: method(label, "demo", {**ON_POLICY, **own}) for label, own in RIVALS.items()},
+        **{label: method(label, "warmth", own) for label, own in POOLED.items()},
+    }
     longer = [
         Run("long", label, "warmth", tuple({**LONG, **own}.items()))
         for label, own in LARGER.items()
     ]
-    return [*demo, *early, *late, *longer]
+    return [
+        *(Run("demo", "make demo", "warmth", seed=seed) for seed in SEEDS),
+        *(methods[label] for label in FIRST),
+        longer[0],
+        *(run for label, run in methods.items() if label not in FIRST),
+        *longer[1:],
+    ]
 
 
 def method(label: str, recipe: str, options: Mapping[str, object]) -> Run:

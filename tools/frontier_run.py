@@ -15,6 +15,7 @@ from nablagfn.runs.runfolder import RunFolder
 
 SHARES = (0.25, 0.5)  # of the target's gain, whose times are told
 SHOWN = "background: yellow"  # what the target changes most
+MEASURED = {"evaluation.num_prompts": 24, "evaluation.images_per_prompt": 8}
 LAST = 20  # updates, whose mean cosine is told
 
 
@@ -50,8 +51,7 @@ class Run:
             "logging.sample_freq": 0,
             "logging.num_samples": 48,
             "logging.tensorboard": False,
-            "evaluation.num_prompts": 45,
-            "evaluation.images_per_prompt": 8,
+            **MEASURED,
             **dict(self.options),
             "training.max_minutes": self.minutes,
             "saving.output_dir": out,

@@ -30,6 +30,14 @@ class Model(Group):
         "pretrained model. A LoRA acts much alike at all steps, so that what decides the layout of "
         "a picture also moves its details, at a KL of its own; 1: it always acts",
     )
+    lora_fade: float = Field(
+        0.0,
+        ge=0,
+        description="p: the LoRA acts with the strength (model.lora_until/ᾱ)^p, most at the "
+        "noisiest states and 1 at the last; 0.5 is one over the amount of signal. What a LoRA does "
+        "to the predicted noise is else of much the same size at all steps, where a target asks "
+        "for most at the first ones; 0: of strength 1",
+    )
     reward_scale: float = Field(
         1e3, gt=0, description="β: the finetuned model samples p_pretrained·exp(β·reward)"
     )
@@ -63,3 +71,10 @@ class Model(Group):
     flow_channel_width: tuple[PositiveInt, ...] = Field(
         (64, 128, 256, 256), min_length=2, description="channel widths of g_φ"
     )
+
+    @property
+    def lora_variation(self) -> str:
+        """The option by which the LoRA's strength is not 1 at all steps, as it is given; ''."""
+        if self.lora_until < 1:
+            return f"config.model.lora_until={self.lora_until:g}"
+        return f"config.model.lora_fade={self.lora_fade:g}" if self.lora_fade else ""

@@ -37,7 +37,7 @@ class ExportForm:
 
     write(policy, config, folder, name): fills the folder of a model called `name`. load(config,
     folder): a fresh pipeline from it. always: what was learned acts in all steps there, so that it
-    is no form for model.lora_until < 1.
+    is no form for a LoRA whose strength varies.
     """
 
     write: Callable[[Any, Config, Path, str], None]

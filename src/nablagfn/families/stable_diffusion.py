@@ -32,13 +32,14 @@ def claims(model: str) -> bool:
 
 def check(config: Config) -> None:
     """Raises ConfigError when the model is not there, and for options that exclude each other."""
-    check_lora_until(config)
+    check_lora_strength(config)
     locate(config.pretrained.model, config.pretrained.revision)
 
 
-def check_lora_until(config: Config) -> None:
-    """Raises ConfigError where a pass could not tell which of its rows the LoRA acts on."""
-    if config.model.lora_until == 1:
+def check_lora_strength(config: Config) -> None:
+    """Raises ConfigError where a pass could not tell how strongly the LoRA acts on its rows."""
+    varies = config.model.lora_variation
+    if not varies:
         return
     for key, on in (
         ("training.gradient_checkpointing", config.training.gradient_checkpointing),
@@ -46,10 +47,7 @@ def check_lora_until(config: Config) -> None:
         ("speed.cuda_graphs", config.speed.cuda_graphs),
     ):
         if on:
-            raise ConfigError(
-                f"config.model.lora_until={config.model.lora_until:g} does not go with "
-                f"config.{key}=True: set one of them back"
-            )
+            raise ConfigError(f"{varies} does not go with config.{key}=True: set one of them back")
 
 
 def load(config: Config, device: torch.device, shard: bool) -> Policy:
@@ -66,6 +64,7 @@ def load(config: Config, device: torch.device, shard: bool) -> Policy:
         lora_rank=config.model.lora_rank,
         lora_targets=config.model.lora_targets,
         lora_until=config.model.lora_until,
+        lora_fade=config.model.lora_fade,
         seed=config.seed,
         gradient_checkpointing=config.training.gradient_checkpointing,
         vae_checkpointing=config.training.vae_checkpointing,
@@ -86,6 +85,7 @@ def skeleton(config: Config) -> LatentPolicy:
         lora_rank=config.model.lora_rank,
         lora_targets=config.model.lora_targets,
         lora_until=config.model.lora_until,
+        lora_fade=config.model.lora_fade,
         vae_checkpointing=config.training.vae_checkpointing,
     )
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 def check(config: Config) -> None:
     """Raises ConfigError when there is no such world, or for shards of it."""
     worlds.load(config.pretrained.model)
-    if config.model.lora_until != 1:
+    varies = config.model.lora_variation
+    if varies:
         raise ConfigError(
-            f"config.model.lora_until={config.model.lora_until:g} does not go with "
-            f"{config.pretrained.model}: a world has an adapter and no LoRA: set it to 1"
+            f"{varies} does not go with {config.pretrained.model}, a world, which has an adapter "
+            "and no LoRA: set it back"
         )
     if config.training.shard_base:
         raise ConfigError(

@@ -101,11 +101,12 @@ class LatentPolicy:
 
     guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
     lora_rank: rank and alpha. lora_targets: as the option; raises ConfigError for layers that there
-    are none of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. seed: of the
-    LoRA's gaussian initialisation. The LoRA is float32 whatever the dtype of the frozen weights.
-    vae_slice: pictures decoded at a time (0: all) where no gradient is taken. name: hub name or
-    folder, for the run's records. shard: the network's frozen weights are spread over the processes
-    (`models.shard`), on the device of the VAE.
+    are none of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. lora_fade: p, >=
+    0, of its strength (lora_until/ᾱ)^p there. seed: of the LoRA's gaussian initialisation. The LoRA
+    is float32 whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0:
+    all) where no gradient is taken. name: hub name or folder, for the run's records. shard: the
+    network's frozen weights are spread over the processes (`models.shard`), on the device of the
+    VAE.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class LatentPolicy:
         lora_rank: int = 8,
         lora_targets: Sequence[str] = ("attention",),
         lora_until: float = 1.0,
+        lora_fade: float = 0.0,
         seed: int = 0,
         gradient_checkpointing: bool = False,
         vae_checkpointing: bool = False,
@@ -137,7 +139,8 @@ class LatentPolicy:
             self.network.delete_adapters(ADAPTER)  # left by an earlier policy on this pipeline
         self.lora_targets = tuple(lora_targets)
         self.lora_until = lora_until
-        self._gate: Tensor | None = None  # [rows] of the pass in progress: 1 where the LoRA acts
+        self.lora_fade = lora_fade
+        self._gate: Tensor | None = None  # [rows] of the pass in progress: the LoRA's strength
         self._add_lora(lora_rank, seed)
         names = (name for name, _ in self.network.named_parameters())
         self._frozen = next(name for name in names if ".lora_" not in name)  # one of its weights
@@ -181,16 +184,29 @@ class LatentPolicy:
         for parameter in self.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-        if self.lora_until < 1:
+        if self.lora_varies:
             for name, layer in self.network.named_modules():
                 if name.endswith(f".lora_B.{ADAPTER}"):
                     layer.register_forward_hook(self._gated)
 
     def _gated(self, layer: nn.Module, given: object, found: Tensor) -> Tensor:
-        """What a LoRA adds to its layer, [rows, ...]: nothing in the rows where it does not act."""
+        """What a LoRA adds to its layer, [rows, ...], with the strength of each row's time."""
         if self._gate is None:
             return found
         return found * self._gate.reshape(-1, *[1] * (found.ndim - 1)).to(found.dtype)
+
+    @property
+    def lora_varies(self) -> bool:
+        """Whether the LoRA's strength is not the same at all times."""
+        return self.lora_until < 1 or self.lora_fade > 0
+
+    def lora_strength(self, time: Tensor) -> Tensor:
+        """How strongly the LoRA acts at times [rows]: (lora_until/ᾱ)^p, and 0 above lora_until."""
+        if not self.lora_fade:
+            return time >= self.last_time
+        alpha_bar = self.noising.levels(time).alpha.square().to(time.device)
+        strength = (self.lora_until / alpha_bar) ** self.lora_fade
+        return strength if self.lora_until == 1 else strength * (time >= self.last_time)
 
     @functools.cached_property
     def last_time(self) -> float:
@@ -222,9 +238,11 @@ class LatentPolicy:
             found += own
         return found
 
-    def acting_steps(self, times: Sequence[float]) -> int:
-        """In how many of a sampler's first steps the LoRA acts; 0: in all."""
-        return sum(time >= self.last_time for time in times) if self.lora_until < 1 else 0
+    def lora_strengths(self, times: Sequence[float]) -> tuple[float, ...]:
+        """How strongly the LoRA acts in each of a sampler's steps; none: with 1 in all."""
+        if not self.lora_varies:
+            return ()
+        return tuple(float(self.lora_strength(torch.tensor([time]))[0]) for time in times)
 
     @property
     def device(self) -> torch.device:
@@ -301,7 +319,7 @@ class LatentPolicy:
         def called(x: Tensor) -> Tensor:
             return self.model.call(network, x, time, given)
 
-        self._gate = None if self.lora_until == 1 else time >= self.last_time
+        self._gate = self.lora_strength(time) if self.lora_varies else None
         try:
             if self._border is None:
                 return called(x.to(self.dtype)).to(x.dtype)
@@ -371,6 +389,7 @@ class LatentPolicy:
             "sampling.guidance_scale": self.guidance_scale,
             "model.lora_targets": self.lora_targets,
             "model.lora_until": self.lora_until,
+            "model.lora_fade": self.lora_fade,
             "model.lora_rank": self.network.peft_config[ADAPTER].r,
         }
 

@@ -15,12 +15,12 @@ def how_to_load(
     weights: str,
     weight_name: str = "",
     times: Sequence[float] = (),
-    lora_steps: int = 0,
+    strengths: Sequence[float] = (),
 ) -> str:
     """A program that draws `prompt` with the LoRA in the folder `weights`.
 
-    times: of the run's steps (RunFolder.times), which an uneven grid needs. lora_steps: in so many
-    first ones the LoRA acts; 0: in all.
+    times: of the run's steps (RunFolder.times), which an uneven grid needs. strengths: of the
+    LoRA in each of them; none: 1 in all.
 
     Where no scheduler of diffusers draws as the run does, how this package does; empty for a family
     that has no pipeline.
@@ -38,8 +38,8 @@ def how_to_load(
         *base(family, config),
         f"pipe.load_lora_weights({weights!r}{name})",
         *set_sampler(stock),
-        *first_steps(lora_steps),
-        *draw(config, stock, prompt, lora_steps),
+        *changing(strengths),
+        *draw(config, stock, prompt, bool(strengths)),
     ]
     return "\n".join(lines)
 
@@ -60,26 +60,41 @@ def set_sampler(stock: StockSampler) -> list[str]:
     return [f"{start},", f"    {arguments(stock.options)})"]
 
 
-def first_steps(count: int) -> list[str]:
-    """Lines of a callback after which the LoRA is off; none where it acts in all steps."""
-    if not count:
+def changing(strengths: Sequence[float]) -> list[str]:
+    """Lines of a callback that changes the LoRA's strength from step to step, or switches it off
+    where that is all; none where it is 1 in all steps."""
+    if not strengths:
         return []
+    acting = sum(strength > 0 for strength in strengths)
+    begin = ["", "def ended(pipe, step, time, given):"]
+    if set(strengths) <= {0.0, 1.0}:
+        return [
+            *begin,
+            f"    if step == {acting - 1}:  # the LoRA acts in the first {acting} steps only",
+            "        pipe.disable_lora()",
+            "    return given",
+            "",
+            "pipe.enable_lora()",
+        ]
+    told = ", ".join(f"{strength:.6g}" for strength in strengths[:acting])
+    off = ", 0.0" if acting < len(strengths) else ""
     return [
         "",
-        f"def ended(pipe, step, time, given):  # the LoRA acts in the first {count} steps only",
-        f"    if step == {count - 1}:",
-        "        pipe.disable_lora()",
+        f"strengths = [{told}{off}]  # of the LoRA, by step",
+        *begin,
+        "    pipe.set_adapters(names, strengths[min(step + 1, len(strengths) - 1)])",
         "    return given",
         "",
-        "pipe.enable_lora()",
+        "names = pipe.get_active_adapters()",
+        "pipe.set_adapters(names, strengths[0])",
     ]
 
 
-def draw(config: Config, stock: StockSampler, prompt: str, lora_steps: int) -> list[str]:
+def draw(config: Config, stock: StockSampler, prompt: str, called_back: bool) -> list[str]:
     """Lines that draw one picture as the run does."""
     sampling = config.sampling
     given = "".join(f", {key}={_number(value)}" for key, value in stock.call.items())
-    if lora_steps:
+    if called_back:
         given += ", callback_on_step_end=ended"
     return [
         f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",

@@ -282,5 +282,5 @@ def code(record: Record) -> str:
         return ""
     prompt = next(iter(record.prompts), "a cat")
     folder = record.folder
-    acting = folder.lora_steps(record.config.model.lora_until)
-    return how_to_load(record.config, prompt, str(weights), "", folder.times(), acting)
+    strengths = folder.lora_strengths(record.config)
+    return how_to_load(record.config, prompt, str(weights), "", folder.times(), strengths)

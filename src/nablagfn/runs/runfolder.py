@@ -126,13 +126,17 @@ class RunFolder:
         """The times of the run's steps, noisiest first; none of a run that kept none."""
         return (self.read_json(SAMPLER) or {}).get("times", [])
 
-    def lora_steps(self, until: float) -> int:
-        """In how many of the first steps a LoRA acts that is on up to the share ᾱ `until` of
-        signal; 0: in all."""
-        if until == 1:
-            return 0
+    def lora_strengths(self, config: Config) -> tuple[float, ...]:
+        """How strongly the run's LoRA acts in each of its steps, as `model.lora_until` and
+        `model.lora_fade` say; none: with 1 in all."""
+        model = config.model
+        if not model.lora_variation:
+            return ()
         levels = (self.read_json(SAMPLER) or {}).get("alpha_bar", [])
-        return sum(level <= until for level in levels)
+        return tuple(
+            (model.lora_until / level) ** model.lora_fade if level <= model.lora_until else 0.0
+            for level in levels
+        )
 
     def about(self) -> dict[str, Any]:
         """The metadata of prompts that have some."""

@@ -59,7 +59,7 @@ def write_card(
             "diffusers",
             "pytorch_lora_weights.safetensors",
             record.folder.times(),
-            record.folder.lora_steps(record.config.model.lora_until),
+            record.folder.lora_strengths(record.config),
         ),
         settings=[
             s

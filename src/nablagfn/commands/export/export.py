@@ -27,14 +27,14 @@ PICTURES = 4  # drawn by each form
 
 @dataclass(frozen=True)
 class Trained:
-    """The model that was trained. name: of its run. times: of its steps. lora_steps: in so many
-    first ones the LoRA acts; 0: in all."""
+    """The model that was trained. name: of its run. times: of its steps. strengths: of
+    the LoRA in each of them; none: 1 in all."""
 
     policy: LatentPolicy
     config: Config
     name: str
     times: Sequence[float]
-    lora_steps: int
+    strengths: tuple[float, ...]
     drawn: Drawn
 
 
@@ -91,19 +91,19 @@ def export(
 
 def _forms(family: Family, config: Config, form: str) -> list[str]:
     """The names of the forms asked for. Raises ConfigError for one that the family has not, or that
-    cannot hold a LoRA which acts in some steps only."""
-    partly = config.model.lora_until < 1
+    cannot hold a LoRA whose strength varies."""
+    varies = config.model.lora_variation
     if form == "all":
-        return [name for name, of in family.export_forms.items() if not (partly and of.always)]
+        return [name for name, of in family.export_forms.items() if not (varies and of.always)]
     if form not in family.export_forms:
         raise ConfigError(
             f"--format {form}: a {family.name} model is exported as "
             f"{', '.join(family.export_forms)}, or all"
         )
-    if partly and family.export_forms[form].always:
+    if varies and family.export_forms[form].always:
         raise ConfigError(
-            f"--format {form}: with config.model.lora_until={config.model.lora_until:g} the LoRA "
-            f"acts in some steps only, and weights that it is part of act in all: take diffusers"
+            f"--format {form}: with {varies} the LoRA does not act alike in all steps, and weights "
+            "that it is part of do: take diffusers"
         )
     return [form]
 
@@ -124,9 +124,9 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
     times = times_of(config.sampling, policy)
     with policy.reference():
         before = draw(policy.pipeline, family, config, prompts, times)
-    acting = policy.acting_steps(times)
-    after = draw(policy.pipeline, family, config, prompts, times, acting)
-    return Trained(policy, config, record.name, times, acting, Drawn(prompts, before, after))
+    strengths = policy.lora_strengths(times)
+    after = draw(policy.pipeline, family, config, prompts, times, strengths)
+    return Trained(policy, config, record.name, times, strengths, Drawn(prompts, before, after))
 
 
 def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
@@ -136,7 +136,7 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    again = draw(fresh, family, trained.config, drawn.prompts, trained.times, trained.lora_steps)
+    again = draw(fresh, family, trained.config, drawn.prompts, trained.times, trained.strengths)
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()

@@ -65,33 +65,39 @@ def draw(
     config: Config,
     prompts: Sequence[str],
     times: Sequence[float] = (),
-    lora_steps: int = 0,
+    strengths: Sequence[float] = (),
 ) -> np.ndarray:
     """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1].
 
-    times: of the run's steps, for an uneven grid. lora_steps: in so many first ones the LoRA acts;
-    0: in all. Raises ConfigError when no scheduler of diffusers draws so.
+    times: of the run's steps, for an uneven grid. strengths: of the LoRA in each of them; none: 1
+    in all. Raises ConfigError when no scheduler of diffusers draws so.
     """
     assert family.stock_sampler is not None
     stock, sampling = family.stock_sampler(config, times), config.sampling
     set_sampler(pipeline, stock.scheduler, stock.options)
 
+    names = pipeline.get_active_adapters() if strengths else []
+
+    def act(step: int) -> None:
+        pipeline.set_adapters(names, strengths[step % len(strengths)])
+
     def ended(pipeline: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if step == lora_steps - 1:
-            pipeline.disable_lora()
+        act(step + 1)
         return given
 
+    if strengths:
+        act(0)
     found: np.ndarray = pipeline(
         list(prompts),
         guidance_scale=sampling.guidance_scale,
         num_inference_steps=sampling.num_steps,
         generator=[rng.generator(0, "export", index=i) for i in range(len(prompts))],
         output_type="np",
-        callback_on_step_end=ended if lora_steps else None,
+        callback_on_step_end=ended if strengths else None,
         **stock.call,
     ).images
-    if lora_steps:
-        pipeline.enable_lora()
+    if strengths:
+        pipeline.set_adapters(names, 1.0)
     return found
 
 

@@ -14,16 +14,17 @@ def get_config() -> Config:
     config.model.lora_until = 0.3  # backgrounds are decided before that
     config.model.timestep_fraction = 0.25  # 2 of the 8 steps at which the LoRA acts
     config.pool.gradient = "linear"
-    config.pool.size = 450
-    config.pool.images_per_prompt = 10
+    config.pool.size = 360
+    config.pool.images_per_prompt = 8
     config.sampling.batch_size = 32
     config.training.batch_size = 32
     config.training.micro_batch = 64
-    config.training.num_epochs = 60
+    config.training.num_epochs = 50
     config.training.lr = 5e-4
     config.training.lr_schedule = "cosine"
     config.training.adam_beta2 = 0.99
+    config.evaluation.num_prompts = 24
     config.evaluation.images_per_prompt = 8
-    config.logging.sample_freq = 20
-    config.logging.save_freq = 20
+    config.logging.sample_freq = 25
+    config.logging.save_freq = 25
     return config
