@@ -89,38 +89,38 @@ def test_the_share_that_is_told_is_within_a_prompt() -> None:
 
 
 def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() -> None:
-    """The gradient, its slope and its length, all measured: d* of `worlds/gaussian`."""
+    """The gradient, its slope and its weight, all measured: d* of `worlds/gaussian`."""
     known = Known.of()
     x, u, _ = walked(known, torch.zeros(4, dtype=torch.float64))
     table, steps = known.table, known.table.num_steps
     reward = x[:, -1] @ known.slope[-1]
     fitted = LinearReward.fit(x[:, -1], reward)
+    slope = fitted.slope.double()
     scores, gradients = [], []
     points = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double()
     for step in range(steps):
         k = table.at_step(step, points)
         clean = kernels.predict_clean(points, output(known.policy, table, points, step), k.here)
         jacobian = clean[1:] - clean[0]  # the posterior mean of a normal is affine
-        gradients.append((jacobian @ fitted.slope.double()).expand(len(x), -1))
-        scores.append((x[:, step] @ jacobian + clean[0]) @ fitted.slope.double())
-    field = Field(torch.stack(scores, 1), torch.stack(gradients, 1))
+        gradients.append((jacobian @ slope).expand(len(x), -1))
+        scores.append((x[:, step] @ jacobian + clean[0]) @ slope)
+    field = Field(
+        torch.stack([*scores, x[:, -1] @ slope], 1),
+        torch.stack([*gradients, slope.expand(len(x), -1)], 1),
+    )
     slot = torch.zeros(len(x), dtype=torch.long)
     draw = Draw(x, u, u, slot, reward, x[:, :, 0][:, :0], torch.zeros(len(x), steps), x[:, :0])
     beta = 1.0
     weight = (beta * reward - (beta * reward).logsumexp(0)).exp() * len(x)
     log_z = torch.zeros(len(x), dtype=torch.float64)
-    course = Course.of(draw, field, table)
+    course = Course.of(draw, field)
     judged = course.judged(weight, log_z, beta, steps)
     assert course.told < 0.05  # this sampler begins with noise
-    for step in (3, 5, 8):
-        k = table.at_step(step, x[:, step])
+    for step in (0, 3, 5, 8, steps - 1):
         factor = (judged.end / judged.now)[:, step].double()
-        assert float(factor.std() / factor.mean()) < 0.1  # no path's own, nearly
-        noise_of_step = kernels.step_noise(x[:, step], x[:, step + 1], u[:, step], k)
-        aimed = k.std * field.gradient[:, step]
-        torch.testing.assert_close(course.along[:, step], (noise_of_step * aimed).sum(1))
-        torch.testing.assert_close(course.square[:, step], aimed.square().sum(1))
-        aim = factor[:, None] * k.std * field.gradient[:, step]
+        if 0 < step < steps - 1:
+            assert float(factor.std() / factor.mean()) < 0.1  # no path's own, nearly
+        aim = factor[:, None] * known.std[step] * field.gradient[:, step + 1]
         exact = known.std[step] * known.slope[step + 1]
         away = (weight[:, None] * (aim - exact)).mean(0)
         assert float(away.norm()) < 0.12 * float(exact.norm()), step
@@ -132,17 +132,34 @@ def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() ->
     torch.testing.assert_close(again.end, judged.end, rtol=1e-4, atol=1e-4)
 
 
+def test_the_aim_is_the_targets_step_where_the_step_is_long() -> None:
+    """One step from noise to ±1, the reward its sign: the gradient where the step begins is not
+    what the target does, that where it ends is (Stein's identity)."""
+    noise_of_step = noise(200_000)
+    centre = 0.3
+    x_next = centre + noise_of_step  # σ = 1, then ĥ(x) = exp(1.2 tanh x), known
+    score = x_next
+    exact_weight = (1.2 * score - 0.2 * score.square()).exp()
+    weight = exact_weight / exact_weight.mean()
+    course = Course(torch.stack([score * 0, score], 1), told=0.0)
+    judged = course.judged(weight, torch.zeros_like(score), 1.0, 1)
+    aim = float(judged.end.double().mean()) / float(judged.now.double().mean())
+    exact = float((weight * noise_of_step).mean())
+    assert aim == pytest.approx(exact, abs=0.02)
+    assert abs(1.2 - 0.4 * centre - exact) > 0.2  # the gradient of log ĥ where the step begins
+
+
 def test_what_the_first_state_tells_is_made_up_for() -> None:
     known = Known.of()
     x, u, _ = walked(known, torch.zeros(4, dtype=torch.float64))
     few = slice(0, 400)
     slot = torch.zeros(400, dtype=torch.long)
-    field = Field(x[few, :3, 0], noise(400, 3, 4))
+    field = Field(x[few, :4, 0], noise(400, 4, 4))
     reward = x[few, 0, 0] + noise(400, seed=4)  # half of it is known at once
     draw = Draw(
         x[few], u[few], u[few], slot, reward, x[few, :, 0][:, :0], torch.zeros(400, 12), x[few, :0]
     )
-    course = Course.of(draw, field, known.table)
+    course = Course.of(draw, field)
     assert course.told == pytest.approx(0.5, abs=0.1)
     weight = (reward - reward.logsumexp(0)).exp() * 400
     log_z = torch.zeros(400, dtype=torch.float64)
@@ -165,19 +182,22 @@ def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(tmp_path: Path
     condition = policy.condition([made.slots[i] for i in base.slot.tolist()], [{}] * len(base.x))
 
     def score(x: Tensor, step: int) -> Tensor:
-        k = table.at_step(step, x)
-        with torch.no_grad(), policy.reference():
-            clean = kernels.predict_clean(x, policy.output(x, k.here.time, condition), k.here)
+        clean = x  # the last step ends at the sample itself
+        if step < table.num_steps:
+            k = table.at_step(step, x)
+            with torch.no_grad(), policy.reference():
+                clean = kernels.predict_clean(x, policy.output(x, k.here.time, condition), k.here)
         return (clean * fitted.slope).flatten(1).sum(1)
 
     for step in (0, 3, 5):
-        x, size = base.x[:, step], 1e-2
+        x, size = base.x[:, step + 1], 1e-2
         moved = torch.zeros_like(x)
         moved.flatten(1)[:, 0] = size
-        slope = (score(x + moved, step) - score(x - moved, step)) / (2 * size)
+        slope = (score(x + moved, step + 1) - score(x - moved, step + 1)) / (2 * size)
         found = base.gradient[:, step].flatten(1)[:, 0]
         torch.testing.assert_close(found, slope, rtol=2e-2, atol=2e-3)
-        torch.testing.assert_close(made._course.score[:, step].float(), score(x, step))
+        torch.testing.assert_close(made._course.score[:, step + 1].float(), score(x, step + 1))
+    torch.testing.assert_close(base.gradient[:, -1], fitted.slope.expand_as(base.x[:, -1]))
 
 
 def test_the_field_goes_on_with_fewer_rows_where_memory_runs_out(

@@ -35,7 +35,7 @@ ON_POLICY: dict[str, object] = {  # the settings of `demo`, with the reward and 
     "experiment.reward_fn": "warmth",
     "model.reward_scale": BETA,
     "training.num_epochs": 10_000,  # the minutes end it
-    "logging.eval_freq": 15,
+    "logging.eval_freq": 4,
 }
 LAMBDA = {"experiment.method": "nabla-db-lambda", "model.reward_adaptive_mode": "none"}
 RIVALS: dict[str, dict[str, object]] = {

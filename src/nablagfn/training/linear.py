@@ -6,21 +6,20 @@ over the pool's finished samples is smooth, and what is expected of it is known:
 
     r(x_N) ≈ a·x_N + const,      E_#[a·x_N | x_k] = a·x̂_#(x_k)
 
-The weight that is to be expected of a state is taken for a function of that score, and the step is
-along its gradient, which is exact for linear rewards and normal posteriors:
+The weight that is to be expected of a state is taken for a function of that score:
 
     log ĥ_k = c0 + c1 s + c2 s²,   s = β a·x̂_#(x_k) − log Z      (the c of greatest Σ w log ĥ − ĥ)
-    d*(x_k) ≈ m_k σ_k (c1 + 2 c2 s) β J_x̂ᵀ a
 
-m_k, its length, is measured on the paths' own noise z_k. With g the direction without m_k
+The target's step is σ_k E[∇h(x_{k+1})|x_k]/h(x_k) (Stein's identity), the mean over a step's noise
+of the gradient where it ends. So each path's own next state tells it, and what is aimed at is
 
-    m_k = E[ (ĥ_{k+2} − ĥ_k) z_k·g ] / E[ ĥ_k‖g‖² ] / (1 − R)
+    ĥ_{k+1} σ_k (c1 + 2 c2 s_{k+1}) β J_x̂(x_{k+1})ᵀ a / (1 − R)
 
 R: the share of the reward's variance within a prompt that the first state tells already. A sampler
 draws it from a normal distribution, and no policy changes that, so that the steps have to make up
 for it: for normal samples the ends have the target's mean then, and its distribution.
 
-No gradient of the reward is needed. What is left is a regression without noise.
+No gradient of the reward is needed, and no noise is in what is left but that of one step.
 """
 
 from __future__ import annotations
@@ -30,16 +29,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core import kernels
-from ..core.kernels import KernelTable
 from ..core.types import Judged
 from .draws import Draw, Tensors
 
 RIDGES = torch.logspace(-6, 3, 37, dtype=torch.float64)  # of the mean square singular value
 ROUNDS = 40  # of Newton's method, which needs about 10
 LARGEST = 8.0  # of |log ĥ|
-AHEAD = 2  # steps to the state by which a length is measured
-LONGEST = 1.2  # m_k at most: above 1 it is mostly chance
 
 
 @dataclass(frozen=True)
@@ -71,57 +66,45 @@ class LinearReward:
 
 @dataclass(frozen=True)
 class Field(Tensors):
-    """score: [n, K] a·x̂_#(x_k) of n paths' first K states; gradient: [n, K, ...] J_x̂ᵀ a there."""
+    """Of n paths' first K + 1 states: score [n, K + 1] a·x̂_#(x_k); gradient [n, K + 1, ...] J_x̂ᵀ a
+    there, and at a path's end x_N itself in place of x̂."""
 
     score: Tensor
     gradient: Tensor
 
     def padded(self, draw: Draw) -> Draw:
-        """The paths with these gradients, 0 where there are none."""
+        """The paths with the gradients at the ends of their first K steps, 0 where there are
+        none."""
         found = torch.zeros_like(draw.output_ref)
-        found[:, : self.score.shape[1]] = self.gradient
+        steps = self.score.shape[1] - 1
+        found[:, :steps] = self.gradient[:, 1:]
         return replace(draw, gradient=found)
 
 
 @dataclass(frozen=True)
 class Course:
-    """What is needed of a field for each β. score: [n, K]. along: [n, K] z_k·σ_k J_x̂ᵀ a; square:
-    [n, K] the square of the length of the latter's second factor. told: R, in 0..1."""
+    """What is needed of a field for each β. score: [n, K + 1]. told: R, in 0..1."""
 
     score: Tensor
-    along: Tensor
-    square: Tensor
     told: float
 
     @staticmethod
-    def of(draw: Draw, field: Field, table: KernelTable) -> Course:
-        along, square = [], []
-        for step in range(field.score.shape[1]):
-            x = draw.x[:, step]
-            k = table.at_step(step, x)
-            noise = kernels.step_noise(x, draw.x[:, step + 1], draw.output_ref[:, step], k)
-            aim = (k.std * field.gradient[:, step]).flatten(1).double()
-            along.append((noise.flatten(1) * aim).sum(1))
-            square.append(aim.square().sum(1))
+    def of(draw: Draw, field: Field) -> Course:
         told = shared_variance(field.score[:, 0], draw.reward, draw.slot)
-        return Course(field.score.double(), torch.stack(along, 1), torch.stack(square, 1), told)
+        return Course(field.score.double(), told)
 
     def judged(self, weight: Tensor, log_z: Tensor, beta: float, num_steps: int) -> Judged:
-        """ĥ_k and ĥ_k m_k (c1 + 2 c2 s) of each path and step, [n, N]; 0 beyond the field.
+        """ĥ_{k+1} and ĥ_{k+1} (c1 + 2 c2 s_{k+1})/(1 − R) of each path and step, [n, N]; w and 0
+        beyond the field.
 
         weight, log_z: [n] float64, of the path and of its prompt.
         """
-        steps, given = self.score.shape[1], 1 - self.told
-        curves = [LogQuadratic.fit(beta * self.score[:, k] - log_z, weight) for k in range(steps)]
-        value = torch.stack([curve.value for curve in curves] + [weight] * AHEAD, 1)
         now = weight[:, None].repeat(1, num_steps)
         end = torch.zeros_like(now)
-        for k, curve in enumerate(curves):
-            gained = ((value[:, k + AHEAD] - curve.value) * curve.slope * self.along[:, k]).mean()
-            paid = beta * (curve.value * (curve.slope * curve.slope) * self.square[:, k]).mean()
-            length = float((gained / paid.clamp(min=1e-30)).clamp(0, LONGEST)) / given
-            now[:, k] = curve.value
-            end[:, k] = curve.value * curve.slope * length
+        for step in range(self.score.shape[1] - 1):
+            curve = LogQuadratic.fit(beta * self.score[:, step + 1] - log_z, weight)
+            now[:, step] = curve.value
+            end[:, step] = curve.value * curve.slope / (1 - self.told)
         return Judged(now.float(), now.float(), end.float(), None)
 
 

@@ -35,7 +35,7 @@ from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
 from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
-from ..core.types import Judged, Objective, Policy, Pooled, Trajectories, beside
+from ..core.types import Condition, Judged, Objective, Policy, Pooled, Trajectories, beside
 from ..methods.parts import Parts
 from ..methods.registry import source_of
 from ..metrics.tilting import systematic
@@ -406,7 +406,7 @@ class PoolCollector(Collector):
     # ---------------------------------------------------------------- the linear fit
 
     def _with_field(self, base: Draw, between: Between) -> Draw:
-        """The pretrained model's paths with J_x̂ᵀa at the states at which the LoRA acts."""
+        """The pretrained model's paths with J_x̂ᵀa where the steps end at which the LoRA acts."""
         fitted = linear.LinearReward.fit(base.x[:, -1], base.reward)
         if self.rank == 0:
             print(
@@ -419,12 +419,12 @@ class PoolCollector(Collector):
             linear.Field,
             len(base.slot),
             lambda rows: identity(
-                paths=self._identity(rows, base.slot, None), steps=self.acting, slope=slope
+                paths=self._identity(rows, base.slot, None), states=self.acting + 1, slope=slope
             ),
             lambda rows: self._field(base.at(rows), fitted.slope),
             between,
         )
-        self._course = linear.Course.of(base, field, self.table)
+        self._course = linear.Course.of(base, field)
         return field.padded(base)
 
     @property
@@ -447,16 +447,22 @@ class PoolCollector(Collector):
         condition = self.policy.condition(asked, self.prompts.metadata(asked))
         slope = slope.to(self.policy.device)
         scores, gradients = [], []
-        for step in range(self.acting):
+        for step in range(self.acting + 1):
             x = draw.x[:, step].to(self.policy.device).requires_grad_()
-            k = self.table.at_step(step, x)
             with torch.enable_grad(), self.policy.reference():
-                output = self.policy.output(x, k.here.time, condition)
-                score = (kernels.predict_clean(x, output, k.here) * slope).flatten(1).sum(1)
+                clean = self._predicted(x, step, condition)
+                score = (clean * slope).flatten(1).sum(1)
                 (gradient,) = torch.autograd.grad(score.sum(), x)
             scores.append(score.detach().cpu())
             gradients.append(gradient.cpu())
         return linear.Field(torch.stack(scores, 1), torch.stack(gradients, 1))
+
+    def _predicted(self, x: Tensor, step: int, condition: Condition) -> Tensor:
+        """x̂(x_k), [n, ...]; of the end of a path x_N itself."""
+        if step == self.table.num_steps:
+            return x
+        k = self.table.at_step(step, x)
+        return kernels.predict_clean(x, self.policy.output(x, k.here.time, condition), k.here)
 
     def _seen(self, paths: Trajectories, output_ref: Tensor) -> Tensor:
         """r of what u_# predicts of the clean sample at each look, [n, looks] on the CPU."""

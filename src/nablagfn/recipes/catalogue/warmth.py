@@ -12,6 +12,7 @@ def get_config() -> Config:
     config.experiment.method = "nabla-db-pool"
     config.model.reward_scale = 6.0  # a target of 0.8 nats
     config.model.lora_until = 0.3  # backgrounds are decided before that
+    config.model.lora_fade = 0.5  # most of the target is there at the first steps
     config.model.timestep_fraction = 0.25  # 2 of the 8 steps at which the LoRA acts
     config.pool.gradient = "linear"
     config.pool.size = 360
@@ -20,7 +21,7 @@ def get_config() -> Config:
     config.training.batch_size = 32
     config.training.micro_batch = 64
     config.training.num_epochs = 50
-    config.training.lr = 5e-4
+    config.training.lr = 2e-4
     config.training.lr_schedule = "cosine"
     config.training.adam_beta2 = 0.99
     config.evaluation.num_prompts = 24
