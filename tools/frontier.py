@@ -111,7 +111,9 @@ def method(label: str, recipe: str, options: Mapping[str, object]) -> Run:
 
 def best(out: Path) -> TargetResult:
     """The target of all runs, drawn as far as it is not there."""
-    return state_target(load_config("warmth"), TargetRequest(betas=BETAS, out=out / "target"))
+    return state_target(
+        load_config("warmth"), TargetRequest(betas=BETAS, images_per_prompt=32, out=out / "target")
+    )
 
 
 def main() -> None:
