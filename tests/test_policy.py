@@ -16,6 +16,7 @@ from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core.rollout import rollout
 from nablagfn.core.samplers import find_sampler
 from nablagfn.families import find_family
+from nablagfn.methods.build import build_kernel
 from nablagfn.models.latent import ADAPTER
 from nablagfn.models.locate import locate
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
@@ -477,6 +478,23 @@ def test_a_lora_fades_row_by_row(until: float) -> None:
             for out, made in ((found[one], policy), (alike, plain))
         )
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_is_not_strengthened_without_end() -> None:
+    """Where a schedule has no signal left at its noisiest time."""
+    pipeline = make_pipeline()
+    pipeline.scheduler.alphas_cumprod[-1] = 0
+    policy = StableDiffusionPolicy(pipeline, guidance_scale=1.0, lora_fade=0.5)
+    assert policy.lora_strengths([999.0]) == pytest.approx([100.0])
+    x, _, where = some_inputs(policy)
+    assert policy.output(x, torch.full((3,), 999.0), where).isfinite().all()
+
+
+def test_a_lora_that_would_never_act_is_refused() -> None:
+    config = load_config("demo")
+    set_option(config, "model.lora_until", 1e-6)
+    with pytest.raises(ConfigError, match=r"lora_until=1e-06 is below the share ᾱ=.* give more"):
+        build_kernel(config, make_policy())
 
 
 @pytest.mark.parametrize("key", ["training.gradient_checkpointing", "speed.compile"])

@@ -134,7 +134,13 @@ def test_settings_that_change_the_result_are_refused_on_resume(tmp_path: Path) -
 
 def test_a_run_ends_by_its_minutes_is_measured_and_goes_on_with_more(tmp_path: Path) -> None:
     """It stands where a run of so many epochs stands, and measuring takes none of its time."""
-    measured = {"evaluation.num_prompts": 2, "evaluation.images_per_prompt": 2}
+    measured = {
+        "evaluation.num_prompts": 2,
+        "evaluation.images_per_prompt": 2,
+        "logging.num_samples": 2,
+        "logging.samples_per_prompt": 2,
+        "logging.sample_freq": 50,
+    }
     hurried = {**measured, "training.max_minutes": 1e-9, "logging.save_freq": 50}
     ended = make_trainer(small_config(tmp_path / "a", **hurried)).fit()
     plain = make_trainer(small_config(tmp_path / "b", **measured, **{"training.num_epochs": 1}))
@@ -149,6 +155,8 @@ def test_a_run_ends_by_its_minutes_is_measured_and_goes_on_with_more(tmp_path: P
     rows = longer.folder.joinpath("metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(row)["seconds"] for row in rows]
     assert seconds == sorted(seconds)
+    assert ["probe_gain" in json.loads(row) for row in rows] == [False, True, False, True]
+    assert (longer.folder / "grids" / "epoch_00001.png").is_file()
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from .base import Group, Lower
 
+LEAST_SIGNAL = 1e-4  # ᾱ, below which `lora_fade` strengthens a LoRA no further
 Attenuation = Annotated[Literal["squared", "sqrt", "none"], Lower]
 
 
@@ -34,9 +35,9 @@ class Model(Group):
         0.0,
         ge=0,
         description="p: the LoRA acts with the strength (model.lora_until/ᾱ)^p, most at the "
-        "noisiest states and 1 at the last; 0.5 is one over the amount of signal. What a LoRA does "
-        "to the predicted noise is else of much the same size at all steps, where a target asks "
-        "for most at the first ones; 0: of strength 1",
+        "noisiest states (ᾱ counts as no less than 1e-4) and 1 at the last; 0.5 is one over the "
+        "amount of signal. What a LoRA does to the predicted noise is else of much the same size "
+        "at all steps, where a target asks for most at the first ones; 0: of strength 1",
     )
     reward_scale: float = Field(
         1e3, gt=0, description="β: the finetuned model samples p_pretrained·exp(β·reward)"

@@ -52,9 +52,9 @@ class PoolSettings(Group):
         "carried",
         description="nabla-db-pool, what a step aims at: carried: the reward's gradient at the end "
         "of each path, carried back along it; linear: that of the weight which is to be expected "
-        "of a state by a linear fit of the reward over the pool's finished samples. It has no "
-        "noise, needs no gradient of the reward, and is as good as the fit, whose share of the "
-        "reward is printed",
+        "of a state by a linear fit of the reward over the pool's finished samples. It needs "
+        "no gradient of the reward, has the noise of one step only, and is as good as the fit, "
+        "whose share of the reward is printed",
     )
     gradient_share: float = Field(
         1.0,

@@ -14,17 +14,26 @@ from .registry import check_method, find_method
 
 
 def build_kernel(config: Config, policy: Policy) -> KernelTable:
-    """The sampler's table. Raises ConfigError when the settings give a step without noise."""
+    """The sampler's table. Raises ConfigError when the settings give a step without noise, and when
+    the LoRA would act in no step."""
     s = config.sampling
     try:
         times = times_of(s, policy)
         schedule = schedule_of(policy.noising, times, s.final_sigma)
-        return kernel_table(schedule, eta_of(s), policy.prediction)
+        table = kernel_table(schedule, eta_of(s), policy.prediction)
     except ConfigError:  # names its key
         raise
     except ValueError as error:
         end = f" with config.sampling.final_sigma={s.final_sigma:g}" if s.final_sigma else ""
         raise ConfigError(f"config.sampling.num_steps={s.num_steps}{end}: {error}") from None
+    until = config.model.lora_until
+    if not table.steps_until(until):
+        first = float(table.schedule.alpha_bar[0])
+        raise ConfigError(
+            f"config.model.lora_until={until:g} is below the share ᾱ={first:.3g} of signal with "
+            "which the sampler starts, so that the LoRA would never act: give more"
+        )
+    return table
 
 
 def build_objective(parts: Parts) -> Objective:

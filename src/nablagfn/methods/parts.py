@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..config import Config, ConfigError
+from ..config import Config
 from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, untempered
 from ..core.lookahead import How
@@ -81,17 +81,8 @@ class Parts:
         estimator: Estimator,
         weight: StepWeight,
         steps: StepChoice | WindowChoice | None = None,
-        *,
-        sweeps: bool = False,
     ) -> Objective:
-        """The matching loss around an estimator. sweeps: whether it knows v̂ of a whole update at
-        once. Raises ConfigError for method.clip_quantile where it does not."""
-        quantile = self.config.method.clip_quantile
-        if quantile < 1 and not sweeps:
-            raise ConfigError(
-                f"config.method.clip_quantile={quantile:g} is for adjoint-matching, and for "
-                "nabla-db-lambda with config.method.window or return_lambda: leave it at 1"
-            )
+        """The matching loss around an estimator."""
         return MatchingObjective(
             self.policy,
             self.table,
@@ -100,5 +91,5 @@ class Parts:
             trust=self.config.model.unet_reg_scale,
             weight=weight,
             steps=steps or self.steps,
-            quantile=quantile,
+            quantile=self.config.method.clip_quantile,
         )

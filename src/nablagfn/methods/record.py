@@ -53,7 +53,9 @@ class Method:
     learns_flow: whether g_φ is built. guesses: it scores predicted clean samples, for which
     `model.guess_decoder` may stand in. uneven: why processes would make different numbers of
     passes, so that the model cannot be sharded over them; empty where they make the same. sources:
-    what `training.source` may be.
+    what `training.source` may be. sweeps: whether v̂ of all of an update's transitions is known at
+    once, for `method.clip_quantile`. mirrors: whether v̂ may be taken at the mirror image of a
+    step's end, for `method.mirror`.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Method:
     guesses: bool = False
     uneven: Callable[[Config], str] = even
     sources: tuple[str, ...] = ("paths",)
+    sweeps: Callable[[Config], bool] = never
+    mirrors: Callable[[Config], bool] = never
 
     def objective(self, parts: Parts) -> Objective:
         """What trains by this method."""

@@ -22,10 +22,18 @@ def _lambda_learns(config: Config) -> bool:
     return (m.return_lambda < 1 or m.window > 0) and not config.model.no_flow
 
 
+def _lambda_sweeps(config: Config) -> bool:
+    return config.method.window > 0 or config.method.return_lambda > 0
+
+
+def _lambda_mirrors(config: Config) -> bool:
+    """A pool's steps were drawn by other means, and taken by what they led to."""
+    return not _lambda_sweeps(config) and source_of(config) == "paths"
+
+
 def _lambda_alive(config: Config) -> Alive:
     """The frozen model's at x_k, and the guess's beside it unless both are one."""
-    m = config.method
-    sweeps, tuned = m.window > 0 or m.return_lambda > 0, m.guess_model == "finetuned"
+    sweeps, tuned = _lambda_sweeps(config), config.method.guess_model == "finetuned"
     return Alive(1 if sweeps and not tuned else 2, 2 if tuned and not sweeps else 1)
 
 
@@ -84,6 +92,8 @@ METHODS = {
             guesses=True,
             uneven=_lambda_uneven,
             sources=EITHER,
+            sweeps=_lambda_sweeps,
+            mirrors=_lambda_mirrors,
         ),
         Method(
             "adjoint-matching",
@@ -92,6 +102,7 @@ METHODS = {
             alive=lambda config: Alive(0, 1),
             uneven=uneven,
             sources=EITHER,
+            sweeps=lambda config: True,
         ),
         Method(
             "terminal-gradient",
@@ -182,9 +193,27 @@ def check_method(config: Config) -> None:
             f"reward: leave it out, or take {able}"
         )
     check_source(config, method)
+    check_estimate(config, method)
     reason = method.uneven(config)
     if config.training.shard_base and reason:
         raise ConfigError(f"config.training.shard_base=True does not go with {reason}")
+
+
+def check_estimate(config: Config, method: Method) -> None:
+    """Raises ConfigError for ways to a calmer v̂ that the method has not."""
+    m = config.method
+    if m.clip_quantile < 1 and not method.sweeps(config):
+        raise ConfigError(
+            f"config.method.clip_quantile={m.clip_quantile:g} has no use in {KEY}={method.name} "
+            "with these settings: leave it at 1, or take adjoint-matching, or nabla-db-lambda with "
+            "config.method.window or config.method.return_lambda"
+        )
+    if m.mirror and not method.mirrors(config):
+        raise ConfigError(
+            f"config.method.mirror=True has no use in {KEY}={method.name} with these settings: it "
+            "is for nabla-db-lambda with config.method.window=0, config.method.return_lambda=0 and "
+            "config.training.source=paths"
+        )
 
 
 def source_of(config: Config) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import ConfigError, Speed
+from ..config.model import LEAST_SIGNAL
 from ..core import rng
 from ..core.schedules import Noising, Prediction
 from ..core.surrogate import wants_gradient
@@ -204,8 +205,20 @@ class LatentPolicy:
         """How strongly the LoRA acts at times [rows]: (lora_until/ᾱ)^p, and 0 above lora_until."""
         if not self.lora_fade:
             return time >= self.last_time
-        alpha_bar = self.noising.levels(time).alpha.square().to(time.device)
-        strength = (self.lora_until / alpha_bar) ** self.lora_fade
+        if self.noising.whole:  # a table, for which nothing waits
+            return self._strengths[time.long().to(self._strengths.device)]
+        return self._strength_at(time)
+
+    @functools.cached_property
+    def _strengths(self) -> Tensor:
+        """[T] by whole-numbered time, on the model's device."""
+        times = torch.arange(self.noising.cleanest, self.noising.noisiest + 1)
+        before = torch.zeros(int(self.noising.cleanest))
+        return torch.cat([before, self._strength_at(times)]).to(self.device)
+
+    def _strength_at(self, time: Tensor) -> Tensor:
+        alpha_bar = self.noising.levels(time).alpha.square().clamp(min=LEAST_SIGNAL)
+        strength = ((self.lora_until / alpha_bar) ** self.lora_fade).float().to(time.device)
         return strength if self.lora_until == 1 else strength * (time >= self.last_time)
 
     @functools.cached_property

@@ -65,24 +65,25 @@ def changing(strengths: Sequence[float]) -> list[str]:
     where that is all; none where it is 1 in all steps."""
     if not strengths:
         return []
-    acting = sum(strength > 0 for strength in strengths)
     begin = ["", "def ended(pipe, step, time, given):"]
     if set(strengths) <= {0.0, 1.0}:
+        acting = strengths.count(1.0)
         return [
             *begin,
             f"    if step == {acting - 1}:  # the LoRA acts in the first {acting} steps only",
             "        pipe.disable_lora()",
+            f"    if step == {len(strengths) - 1}:  # ready for the next picture",
+            "        pipe.enable_lora()",
             "    return given",
             "",
             "pipe.enable_lora()",
         ]
-    told = ", ".join(f"{strength:.6g}" for strength in strengths[:acting])
-    off = ", 0.0" if acting < len(strengths) else ""
+    told = ", ".join(f"{strength:.6g}" for strength in strengths)
     return [
         "",
-        f"strengths = [{told}{off}]  # of the LoRA, by step",
+        f"strengths = [{told}]  # of the LoRA, by step",
         *begin,
-        "    pipe.set_adapters(names, strengths[min(step + 1, len(strengths) - 1)])",
+        "    pipe.set_adapters(names, strengths[(step + 1) % len(strengths)])",
         "    return given",
         "",
         "names = pipe.get_active_adapters()",

@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config import Config, ConfigError, flatten, merge
+from ..config.model import LEAST_SIGNAL
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
 GUARD = "guard.json"
@@ -134,7 +135,9 @@ class RunFolder:
             return ()
         levels = (self.read_json(SAMPLER) or {}).get("alpha_bar", [])
         return tuple(
-            (model.lora_until / level) ** model.lora_fade if level <= model.lora_until else 0.0
+            (model.lora_until / max(level, LEAST_SIGNAL)) ** model.lora_fade
+            if level <= model.lora_until
+            else 0.0
             for level in levels
         )
 

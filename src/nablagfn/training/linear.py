@@ -13,7 +13,7 @@ The weight that is to be expected of a state is taken for a function of that sco
 The target's step is σ_k E[∇h(x_{k+1})|x_k]/h(x_k) (Stein's identity), the mean over a step's noise
 of the gradient where it ends. So each path's own next state tells it, and what is aimed at is
 
-    ĥ_{k+1} σ_k (c1 + 2 c2 s_{k+1}) β J_x̂(x_{k+1})ᵀ a / (1 − R)
+    ĥ_{k+1} (c1 + 2 c2 s_{k+1}) cap(σ_k β J_x̂(x_{k+1})ᵀ a) / (1 − R)
 
 R: the share of the reward's variance within a prompt that the first state tells already. A sampler
 draws it from a normal distribution, and no policy changes that, so that the steps have to make up

@@ -298,7 +298,8 @@ class Trainer:
         """Whether the run is over: by its epochs, its minutes, or the guard."""
         limit = 60 * self.config.training.max_minutes
         late = bool(limit) and distributed.any_process(self.accelerator, position.seconds >= limit)
-        return late or self.guard.state.stopped or position.epoch >= self.config.training.num_epochs
+        stopped = self.guard.state.stopped
+        return late or stopped or position.epoch >= self.config.training.num_epochs
 
     def _open_run(self) -> Position:
         """Create or reopen the run folder; every process starts from the same position."""
@@ -332,15 +333,14 @@ class Trainer:
         processes = str(self.accelerator.num_processes)
         return {**runfolder.versions(), "device": name, "processes": processes}
 
-    def _due(self, every: int, epoch: int) -> bool:
+    def _due(self, every: int, position: Position) -> bool:
         """True every `every` epochs and at the end; never for 0."""
-        return every > 0 and (epoch % every == 0 or epoch == self.config.training.num_epochs)
+        return every > 0 and (position.epoch % every == 0 or self._ended(position))
 
     def _save_if_due(self, position: Position) -> None:
         """Every `logging.save_freq` epochs, at the end, and what the guard wants to keep."""
         wanted = self.guard.best_checkpoint == runfolder.checkpoint_name(position.update)
-        ended = self._ended(position)
-        if wanted or ended or self._due(self.config.logging.save_freq, position.epoch):
+        if self._due(self.config.logging.save_freq, position) or wanted:
             self._save(position)
             self._write_guard()
 
@@ -393,7 +393,7 @@ class Trainer:
                 update += 1
                 seconds = time.perf_counter() - started
                 if bar.advance() == (epoch + 1) * self.updates_per_epoch:
-                    row |= self._look(epoch + 1, update, bar)
+                    row |= self._look(Position(epoch + 1, update, seconds), bar)
                 row = {"epoch": epoch + 1, **row, "seconds": round(seconds, 2)}
                 self.log.write(update, row, done.by_step)
                 self._tell(update, row)
@@ -406,13 +406,13 @@ class Trainer:
             asked = [callback(update, row) is True for callback in self.callbacks]
             self._enough = self._enough or any(asked)
 
-    def _look(self, epoch: int, update: int, bar: Bar) -> dict[str, float]:
+    def _look(self, position: Position, bar: Bar) -> dict[str, float]:
         """Measure fixed-seed samples where an epoch ends that wants it, and let the guard judge."""
-        grid = self._due(self.config.logging.sample_freq, epoch)
-        if not grid and not self._due(self.config.logging.eval_freq, epoch):
+        grid = self._due(self.config.logging.sample_freq, position)
+        if not grid and not self._due(self.config.logging.eval_freq, position):
             return {}
-        seen = self.observer.probe(epoch, bar, grid=grid)
-        said = self.guard.judge(update, seen.probe)
+        seen = self.observer.probe(position.epoch, bar, grid=grid)
+        said = self.guard.judge(position.update, seen.probe)
         if said:
             bar.line(said)
         return seen.metrics

@@ -58,4 +58,4 @@ class AdjointMatching(Estimator):
 def build(p: Parts) -> Objective:
     """The method adjoint-matching."""
     estimator = AdjointMatching(p.policy, p.log_reward, p.table, chunk=p.chunk)
-    return p.matching(estimator, p.weight("std"), sweeps=True)
+    return p.matching(estimator, p.weight("std"))

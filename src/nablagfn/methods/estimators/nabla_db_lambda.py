@@ -252,12 +252,6 @@ def build(p: Parts) -> Objective:
             f"config.method.guess={p.how.kind} is for nabla-db-lambda with a sweep: set "
             "config.method.window"
         )
-    sweeps = m.window > 0 or m.return_lambda > 0
-    if m.mirror and sweeps:
-        raise ConfigError(
-            "config.method.mirror is for single transitions: set config.method.window and "
-            "config.method.return_lambda to 0"
-        )
     estimator = NablaDBLambda(
         p.policy,
         p.log_reward,
@@ -273,5 +267,4 @@ def build(p: Parts) -> Objective:
         mirror=m.mirror,
         chunk=p.chunk,
     )
-    steps = WindowChoice(m.window) if m.window else None
-    return p.matching(estimator, weight, steps, sweeps=sweeps)
+    return p.matching(estimator, weight, WindowChoice(m.window) if m.window else None)
