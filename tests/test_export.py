@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from nablagfn.cli import main
@@ -157,9 +158,30 @@ def test_dpm_solver_code_names_the_first_order_sde(run: RunFolder) -> None:
     assert "eta" not in code
 
 
+@pytest.fixture
+def acted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The strength of the LoRA in each pass of a U-Net that is to come; 0 where it is off."""
+    seen: list[float] = []
+    plain = UNet2DConditionModel.forward
+
+    def spied(self: UNet2DConditionModel, *args: object, **given: object) -> object:
+        layer = next((m for m in self.modules() if isinstance(m, LoraLayer)), None)
+        if layer is not None:
+            (name,) = layer.active_adapters
+            seen.append(0.0 if layer.disable_adapters else float(layer.scaling[name]))
+        return plain(self, *args, **given)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spied)
+    return seen
+
+
 @pytest.mark.parametrize("fade", [0.0, 0.5])
 def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
-    fade: float, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fade: float,
+    run: RunFolder,
+    tmp_path: Path,
+    acted: list[float],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By a callback that weakens it and switches it off, in the proof and in the card's program,
     which draws what the trainer draws; `fused`, in which it would act always, is refused."""
@@ -178,6 +200,8 @@ def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
     assert 0 < acting < STEPS == len(strengths)
     assert strengths == pytest.approx(policy.lora_strengths(part.times()))
     main(["export", str(part.path), "--format=all"])
+    # without it, by the trained model, and by each of the two forms
+    assert acted[STEPS:] == pytest.approx([*strengths] * 3) and len(acted) == 4 * STEPS
     found = part.path / "export" / "update_000002"
     assert {folder.name for folder in found.iterdir() if folder.is_dir()} == {"diffusers", "kohya"}
     with pytest.raises(SystemExit):
@@ -192,7 +216,9 @@ def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
         names: dict[str, object] = {}
         for program in (code, code[code.index("image = ") :]):  # a second picture with one `pipe`
             torch.manual_seed(0)
+            acted.clear()
             exec(program, names)
+            assert acted == pytest.approx(given or [1.0] * STEPS, rel=1e-4)  # written in 6 digits
             image = np.asarray(names["image"], dtype=float)
             assert program is code or np.array_equal(image, drawn[-1])
             drawn.append(image)

@@ -656,7 +656,14 @@ def test_the_loss_is_the_weighted_regression(tmp_path: Path) -> None:
     _, batch = transitions(made, drawn)
     known, objective = batch.signals, made.objective
     assert isinstance(known, PoolSignals) and isinstance(objective, ReweightedRegression)
+    known = replace(known, slope=torch.linspace(0.2, 0.8, len(known.weight)))
+    batch = replace(batch, signals=known)
     k = made.table.at(batch.step, batch.x)
+    assert known.slope is not None
+    seen = known.slope[:, None] * kernels.bridge_noise(batch.x, known.x_end, known.output_ref, k)
+    away = kernels.moved_mean(batch.output_old, known.output_ref, k)
+    aim = known.weight[:, None] * seen - known.control[:, None] * (seen - away)
+    torch.testing.assert_close(objective.aimed(batch, known, k), aim)
     with torch.no_grad():
         output = made.policy.output(batch.x, made.table.time[batch.step], batch.condition)
         d, t = kernels.moved_mean(output, known.output_ref, k), objective.aimed(batch, known, k)

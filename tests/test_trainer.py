@@ -15,6 +15,7 @@ from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
 from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.checkpoint import Position
 from nablagfn.training.trainer import Trainer, TrainingError
 from tests.tiny_pipeline import make_pipeline
 
@@ -157,6 +158,13 @@ def test_a_run_ends_by_its_minutes_is_measured_and_goes_on_with_more(tmp_path: P
     assert seconds == sorted(seconds)
     assert ["probe_gain" in json.loads(row) for row in rows] == [False, True, False, True]
     assert (longer.folder / "grids" / "epoch_00001.png").is_file()
+
+
+def test_its_minutes_are_minutes(tmp_path: Path) -> None:
+    trainer = make_trainer(small_config(tmp_path, **{"training.max_minutes": 1}))
+    assert not trainer._ended(Position(1, 2, 59)) and trainer._ended(Position(1, 2, 60))
+    trainer = make_trainer(small_config(tmp_path / "b"))
+    assert not trainer._ended(Position(1, 2, 1e9)) and trainer._ended(Position(2, 4, 0))
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:

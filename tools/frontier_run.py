@@ -41,6 +41,10 @@ class Run:
         record = self.folder(out).read_json(RECORD)
         return record is not None and not record["diverged"] and self.measured(out) is not None
 
+    def diverged(self, out: Path) -> bool:
+        """Whether its numbers ceased to be finite; it is not tried again."""
+        return bool((self.folder(out).read_json(RECORD) or {}).get("diverged"))
+
     def measured(self, out: Path) -> dict[str, Any] | None:
         """evaluation.json, once the finetuned model is in it."""
         found: dict[str, Any] = self.folder(out).read_json("evaluation.json") or {}
