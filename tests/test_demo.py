@@ -31,13 +31,13 @@ def figures(recipe: str, seed: int, out: Path) -> dict[str, Any]:
 def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
     seed: int, tmp_path: Path
 ) -> None:
-    """A third of the target's gain, a quarter of the efficiency, the target's diversity to 5 %."""
+    """Half of the target's gain, a third of the efficiency, the target's diversity to 5 %."""
     found = figures("warmth", seed, tmp_path)
     before, after, beside = found["before"], found["after"], found["against_target"]
-    assert beside["gain_reached"] >= 0.33
-    assert beside["efficiency"] >= 0.25
+    assert beside["gain_reached"] >= 0.5
+    assert beside["efficiency"] >= 0.33
     assert after["diversity"] == pytest.approx(beside["target_diversity"], rel=0.05)
-    assert after["recognised"] >= before["recognised"] - 0.05
+    assert after["recognised"] >= before["recognised"] - 0.03
     shares = beside["shares"]
     for colour in ("red", "yellow"):  # more of it, and not more than the target has
         share = shares[f"background: {colour}"]
