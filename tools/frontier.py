@@ -54,7 +54,7 @@ RIVALS: dict[str, dict[str, object]] = {
 PROBED: dict[str, object] = {"logging.eval_freq": 20}
 LINEAR, CARRIED, NOISE = "∇-DB on a pool, linear fit", "∇-DB on a pool", "reward-weighted"
 POOLED: dict[str, dict[str, object]] = {  # the settings of `warmth`
-    LINEAR: {**PROBED, "training.num_epochs": 200, "pool.size": 540, "pool.images_per_prompt": 12},
+    LINEAR: {"logging.eval_freq": 10},  # the recipe itself
     CARRIED: {**PROBED, "training.num_epochs": 120, "pool.gradient": "carried"},
     NOISE: {
         **PROBED,
@@ -66,9 +66,9 @@ POOLED: dict[str, dict[str, object]] = {  # the settings of `warmth`
 }
 LONG: dict[str, object] = {
     **PROBED,
-    "pool.size": 1800,
-    "pool.images_per_prompt": 40,
-    "training.num_epochs": 300,
+    "pool.size": 720,
+    "pool.images_per_prompt": 16,
+    "training.num_epochs": 120,
 }
 LARGER: dict[str, dict[str, object]] = {
     "rank 16, all layers": {"model.lora_rank": 16, "model.lora_targets": "all"},
