@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core; two threads each would crawl
 
 from frontier_page import write  # threads are set before anything loads torch
-from frontier_run import Run, Study
+from frontier_run import MEASURED, Run, Study
 from proofs import carry_out_all
 
 from nablagfn.commands.target import TargetRequest, TargetResult, state_target
@@ -110,9 +110,12 @@ def method(label: str, recipe: str, options: Mapping[str, object]) -> Run:
 
 
 def best(out: Path) -> TargetResult:
-    """The target of all runs, drawn as far as it is not there."""
+    """The target of all runs, of the prompts that they are measured on; drawn as far as it is not
+    there."""
+    prompts = MEASURED["evaluation.num_prompts"]
     return state_target(
-        load_config("warmth"), TargetRequest(betas=BETAS, images_per_prompt=32, out=out / "target")
+        load_config("warmth"),
+        TargetRequest(betas=BETAS, images_per_prompt=32, num_prompts=prompts, out=out / "target"),
     )
 
 
