@@ -77,7 +77,9 @@ def test_the_page_tells_what_was_run_and_leaves_the_rest_empty(
         beta=6.0, kl=Interval(0.8), diversity=Interval(0.9), recognised=Interval(0.92)
     )
     target = SimpleNamespace(
-        rows=[at], base=SimpleNamespace(diversity=Interval(0.905)), frontier=()
+        rows=[at],
+        base=SimpleNamespace(diversity=Interval(0.905), reward=Interval(0.1)),
+        frontier=(),
     )
     study = tools.run.Study(queue.queue(), out, 6.0, 8.0, queue.LINEAR, queue.FIRST[0])
     page = tools.page.write(study, tmp_path, target).read_text(encoding="utf-8")

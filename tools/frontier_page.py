@@ -42,6 +42,9 @@ def draw(found: Sequence[Outcome], minutes: float, path: Path) -> None:
     at = found[0].beside.target_diversity
     panel.scatter(100, at, s=130, marker="*", color="black", label="target")
     panel.axvline(0, color="0.8", lw=0.8, zorder=0)
+    if at is not None:
+        lowest = min(at, *(o.diversity for o in found))
+        panel.set_ylim(0.9 * lowest, 1.1 * at)  # a thousandth is no difference to be seen
     panel.set_xlabel("gain of reward, % of the target's")
     panel.set_ylabel("diversity within prompts")
     finish(panel, f"tiny-animals, {minutes:g} minutes of one core each", path)
@@ -50,9 +53,15 @@ def draw(found: Sequence[Outcome], minutes: float, path: Path) -> None:
 def draw_under_the_best(
     found: Sequence[Outcome], target: TargetResult, minutes: float, path: Path
 ) -> None:
-    """Reward against the KL that was spent, under the best reward there is for it."""
+    """Reward from the target's own start against the KL that was spent, under the best."""
+    start = target.base.reward.value  # of other noise than the runs': what was gained is compared
     spent = [
-        kl_frontier.Spent(FigureRow(value=o.path_kl), FigureRow(value=o.reward), "", o.run.label)
+        kl_frontier.Spent(
+            FigureRow(value=o.path_kl),
+            FigureRow(value=start + o.reward - o.before),
+            "",
+            o.run.label,
+        )
         for o in found
     ]
     panel = blank()

@@ -88,11 +88,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run reached. times: seconds of training until each of SHARES of the target's gain, by
-    its probes; None where it did not get there. curve: (seconds, share of the target's gain, path
-    KL) of its probes. cosine: of what was learned last with what it was to be."""
+    """What a run reached. before: the pretrained model's reward on the same seeds. times: seconds
+    of training until each of SHARES of the target's gain, by its probes; None where it did not get
+    there. curve: (seconds, share of the target's gain, path KL) of its probes. cosine: of what was
+    learned last with what it was to be."""
 
     run: Run
+    before: float
     reward: float
     path_kl: float
     diversity: float
@@ -130,6 +132,7 @@ def outcome(run: Run, out: Path) -> Outcome:
     ]
     return Outcome(
         run,
+        before["reward_mean"],
         after["reward_mean"],
         after["path_kl"],
         after["diversity"],
