@@ -281,7 +281,7 @@ EFFECTS = {
     "method.guess": world("shifted"),
     "method.shift_cap": world(0.01, method__guess="shifted"),
     "method.guess_model": world("finetuned", training__num_inner_epochs=2),
-    "method.mirror": world(True, method__window=0),
+    "method.mirror": world(True, method__window=0, method__return_lambda=0.0),
     "method.clip_quantile": method("adjoint-matching", 0.5),
     "method.draft_steps": method("draft-k", 1),
     "method.draft_lv_samples": method("draft-lv", 3),
