@@ -17,7 +17,15 @@ from nablagfn.training.draws import Draw
 from nablagfn.training.linear import Course, Field, LinearReward, LogQuadratic, shared_variance
 from nablagfn.training.trainer import Trainer
 from tests.test_critic import Known, output, walked
-from tests.test_pool import PROMPTS, collector, options, trained, trainer, transitions
+from tests.test_pool import (
+    PROMPTS,
+    collector,
+    goes_on_with_fewer_rows,
+    options,
+    trained,
+    trainer,
+    transitions,
+)
 from tests.worlds import PromptedWorld
 
 LINEAR = {"experiment__method": "nabla-db-pool", "pool__gradient": "linear"}
@@ -106,7 +114,7 @@ def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() ->
         scores.append((x[:, step] @ jacobian + clean[0]) @ slope)
     field = Field(
         torch.stack([*scores, x[:, -1] @ slope], 1),
-        torch.stack([*gradients, slope.expand(len(x), -1)], 1),
+        torch.stack([*gradients[1:], slope.expand(len(x), -1)], 1),
     )
     slot = torch.zeros(len(x), dtype=torch.long)
     draw = Draw(x, u, u, slot, reward, x[:, :, 0][:, :0], torch.zeros(len(x), steps), x[:, :0])
@@ -120,7 +128,7 @@ def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() ->
         factor = (judged.end / judged.now)[:, step].double()
         if 0 < step < steps - 1:
             assert float(factor.std() / factor.mean()) < 0.1  # no path's own, nearly
-        aim = factor[:, None] * known.std[step] * field.gradient[:, step + 1]
+        aim = factor[:, None] * known.std[step] * field.gradient[:, step]
         exact = known.std[step] * known.slope[step + 1]
         away = (weight[:, None] * (aim - exact)).mean(0)
         assert float(away.norm()) < 0.12 * float(exact.norm()), step
@@ -154,7 +162,7 @@ def test_what_the_first_state_tells_is_made_up_for() -> None:
     x, u, _ = walked(known, torch.zeros(4, dtype=torch.float64))
     few = slice(0, 400)
     slot = torch.zeros(400, dtype=torch.long)
-    field = Field(x[few, :4, 0], noise(400, 4, 4))
+    field = Field(x[few, :4, 0], noise(400, 3, 4))
     reward = x[few, 0, 0] + noise(400, seed=4)  # half of it is known at once
     draw = Draw(
         x[few], u[few], u[few], slot, reward, x[few, :, 0][:, :0], torch.zeros(400, 12), x[few, :0]
@@ -203,21 +211,9 @@ def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(tmp_path: Path
 def test_the_field_goes_on_with_fewer_rows_where_memory_runs_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = collector(options(), tmp_path / "whole", gradients="linear").collect(0)
-    made = collector(options(), tmp_path / "small", gradients="linear")
-    plain = made._field_of
-
-    def small(draw: Draw, slope: Tensor) -> Field:
-        if len(draw.slot) > 2:
-            raise torch.OutOfMemoryError
-        return plain(draw, slope)
-
-    made._field_of = small  # type: ignore[method-assign]
-    found = made.collect(0)
-    assert found.pooled is not None and whole.pooled is not None
-    assert found.pooled.gradient is not None and whole.pooled.gradient is not None
-    torch.testing.assert_close(found.pooled.gradient, whole.pooled.gradient)
-    assert made._rows <= 2 and "out of memory" in capsys.readouterr().out
+    goes_on_with_fewer_rows(
+        tmp_path, capsys, "linear", "_field_of", lambda draw, slope: len(draw.slot)
+    )
 
 
 def test_the_fit_follows_beta(tmp_path: Path) -> None:

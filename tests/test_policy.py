@@ -432,7 +432,8 @@ def test_a_lora_acts_up_to_its_share_of_signal_row_by_row() -> None:
     x, _, where = some_inputs(policy)
     rows = torch.tensor([0, 1, 2, 0])
     x, where = x[rows], where[rows]
-    last = policy.last_time
+    levels = policy.noising.levels(torch.arange(1000.0)).alpha.square()
+    last = float((levels <= until).nonzero()[0])  # the cleanest time at which it acts
     alpha_bar = policy.noising.levels(torch.tensor([last, last - 1])).alpha.square()
     assert alpha_bar[0] <= until < alpha_bar[1]
     time = torch.tensor([last, last - 1, 999.0, 0.0])

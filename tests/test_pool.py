@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -481,24 +482,36 @@ def test_without_a_share_of_the_gradient_none_is_asked_for(tmp_path: Path) -> No
     assert isinstance(made.collector, PoolCollector) and made.collector.fresh > 0
 
 
-def test_filling_goes_on_with_fewer_rows_where_memory_runs_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def goes_on_with_fewer_rows(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    gradients: str,
+    name: str,
+    rows: Callable[..., int],
 ) -> None:
-    whole = collector(options(), tmp_path / "whole", gradients="carried").collect(0)
-    made = collector(options(), tmp_path / "small", gradients="carried")
-    plain = made._rewards_by
+    """The collector's method `name` has memory for two rows, and what is found is the same. rows:
+    how many it is asked for, by its arguments."""
+    whole = collector(options(), tmp_path / "whole", gradients=gradients).collect(0)
+    made = collector(options(), tmp_path / "small", gradients=gradients)
+    plain = getattr(made, name)
 
-    def small(paths: Trajectories, size: int) -> tuple[Tensor, Tensor]:
-        if size > 2:
+    def small(*given: object) -> object:
+        if rows(*given) > 2:
             raise torch.OutOfMemoryError
-        return plain(paths, size)
+        return plain(*given)
 
-    made._rewards_by = small  # type: ignore[method-assign]
+    setattr(made, name, small)
     found = made.collect(0)
     assert found.pooled is not None and whole.pooled is not None
     assert found.pooled.gradient is not None and whole.pooled.gradient is not None
     torch.testing.assert_close(found.pooled.gradient, whole.pooled.gradient)
     assert made._rows <= 2 and "out of memory" in capsys.readouterr().out
+
+
+def test_filling_goes_on_with_fewer_rows_where_memory_runs_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goes_on_with_fewer_rows(tmp_path, capsys, "carried", "_rewards_by", lambda paths, size: size)
 
 
 def test_a_run_of_nabla_db_pool_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ LEAST_SIGNAL = 1e-4  # ᾱ, below which `lora_fade` strengthens a LoRA no furthe
 Attenuation = Annotated[Literal["squared", "sqrt", "none"], Lower]
 
 
+def lora_strength(alpha_bar: float, until: float, fade: float) -> float:
+    """(until/ᾱ)^p, how strongly a LoRA acts at the share ᾱ of signal; 0 above `until`."""
+    return (until / max(alpha_bar, LEAST_SIGNAL)) ** fade if alpha_bar <= until else 0.0
+
+
 class Model(Group):
     """The objective and what is trained."""
 

@@ -97,9 +97,14 @@ def step_weight(k: Step, mode: StepWeight) -> Tensor:
 def shortened(value: Tensor, std: Tensor, quantile: float) -> Tensor:
     """v̂ [M, ...] with σ_k‖v̂‖ no longer than its quantile over the M rows; std: σ_k [M, 1, ...]."""
     length = (std * value).flatten(1).norm(dim=1)
-    longest = length.quantile(quantile)
-    factor = longest / torch.maximum(length, longest).clamp(min=torch.finfo(length.dtype).tiny)
-    return value * factor.reshape(std.shape)
+    return no_longer(value, length, length.quantile(quantile))
+
+
+def no_longer(value: Tensor, length: Tensor, longest: Tensor) -> Tensor:
+    """value [M, ...], whose rows have these lengths [M], shortened to `longest` [], >= 0."""
+    least = torch.finfo(length.dtype).tiny
+    factor = longest / torch.maximum(length, longest).clamp(min=least)
+    return value * factor.reshape(-1, *[1] * (value.ndim - 1))
 
 
 def mean_square(value: Tensor) -> Tensor:

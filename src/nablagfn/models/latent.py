@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import ConfigError, Speed
-from ..config.model import LEAST_SIGNAL
+from ..config.model import lora_strength
 from ..core import rng
 from ..core.schedules import Noising, Prediction
 from ..core.surrogate import wants_gradient
@@ -203,8 +202,6 @@ class LatentPolicy:
 
     def lora_strength(self, time: Tensor) -> Tensor:
         """How strongly the LoRA acts at times [rows]: (lora_until/ᾱ)^p, and 0 above lora_until."""
-        if not self.lora_fade:
-            return time >= self.last_time
         if self.noising.whole:  # a table, for which nothing waits
             return self._strengths[time.long().to(self._strengths.device)]
         return self._strength_at(time)
@@ -217,18 +214,9 @@ class LatentPolicy:
         return torch.cat([before, self._strength_at(times)]).to(self.device)
 
     def _strength_at(self, time: Tensor) -> Tensor:
-        alpha_bar = self.noising.levels(time).alpha.square().clamp(min=LEAST_SIGNAL)
-        strength = ((self.lora_until / alpha_bar) ** self.lora_fade).float().to(time.device)
-        return strength if self.lora_until == 1 else strength * (time >= self.last_time)
-
-    @functools.cached_property
-    def last_time(self) -> float:
-        """The cleanest time at which the LoRA acts."""
-        found = self.noising.time_at(math.acos(self.lora_until**0.5))
-        levels = self.noising.levels(torch.tensor(found))
-        if self.noising.whole and float(levels.alpha) ** 2 > self.lora_until:  # the nearest one
-            found += 1
-        return found
+        levels = self.noising.levels(time).alpha.square().tolist()
+        found = [lora_strength(level, self.lora_until, self.lora_fade) for level in levels]
+        return torch.tensor(found, device=time.device)
 
     def _lora_layers(self) -> list[str]:
         """The names of the layers that get one, all of them linear or convolutions."""

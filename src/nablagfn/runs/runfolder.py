@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config import Config, ConfigError, flatten, merge
-from ..config.model import LEAST_SIGNAL
+from ..config.model import lora_strength
 
 PACKAGES = ("nablagfn", "torch", "diffusers", "transformers", "peft", "accelerate")
 GUARD = "guard.json"
@@ -134,12 +134,7 @@ class RunFolder:
         if not model.lora_variation:
             return ()
         levels = (self.read_json(SAMPLER) or {}).get("alpha_bar", [])
-        return tuple(
-            (model.lora_until / max(level, LEAST_SIGNAL)) ** model.lora_fade
-            if level <= model.lora_until
-            else 0.0
-            for level in levels
-        )
+        return tuple(lora_strength(level, model.lora_until, model.lora_fade) for level in levels)
 
     def about(self) -> dict[str, Any]:
         """The metadata of prompts that have some."""

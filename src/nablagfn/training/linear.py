@@ -66,18 +66,16 @@ class LinearReward:
 
 @dataclass(frozen=True)
 class Field(Tensors):
-    """Of n paths' first K + 1 states: score [n, K + 1] a·x̂_#(x_k); gradient [n, K + 1, ...] J_x̂ᵀ a
-    there, and at a path's end x_N itself in place of x̂."""
+    """Of n paths: score [n, K + 1] a·x̂_#(x_k) of the first K + 1 states; gradient [n, K, ...]
+    J_x̂ᵀ a where the first K steps end. At a path's end it is x_N itself in place of x̂."""
 
     score: Tensor
     gradient: Tensor
 
     def padded(self, draw: Draw) -> Draw:
-        """The paths with the gradients at the ends of their first K steps, 0 where there are
-        none."""
+        """The paths with these gradients, 0 where there are none."""
         found = torch.zeros_like(draw.output_ref)
-        steps = self.score.shape[1] - 1
-        found[:, :steps] = self.gradient[:, 1:]
+        found[:, : self.gradient.shape[1]] = self.gradient
         return replace(draw, gradient=found)
 
 

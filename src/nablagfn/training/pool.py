@@ -419,7 +419,7 @@ class PoolCollector(Collector):
             linear.Field,
             len(base.slot),
             lambda rows: identity(
-                paths=self._identity(rows, base.slot, None), states=self.acting + 1, slope=slope
+                paths=self._identity(rows, base.slot, None), ends=self.acting, slope=slope
             ),
             lambda rows: self._field(base.at(rows), fitted.slope),
             between,
@@ -445,9 +445,11 @@ class PoolCollector(Collector):
         """The same, all rows at a time."""
         asked = [self.slots[i] for i in draw.slot.tolist()]
         condition = self.policy.condition(asked, self.prompts.metadata(asked))
+        first = self.table.at_step(0, draw.x[:, 0])
+        known = kernels.predict_clean(draw.x[:, 0], draw.output_ref[:, 0], first.here)
+        scores, gradients = [(known * slope).flatten(1).sum(1)], []  # no step ends there
         slope = slope.to(self.policy.device)
-        scores, gradients = [], []
-        for step in range(self.acting + 1):
+        for step in range(1, self.acting + 1):
             x = draw.x[:, step].to(self.policy.device).requires_grad_()
             with torch.enable_grad(), self.policy.reference():
                 clean = self._predicted(x, step, condition)

@@ -49,7 +49,7 @@ from ...core.types import (
     Transitions,
     beside,
 )
-from ...core.value_gradient import StepWeight, mean_square, step_weight
+from ...core.value_gradient import StepWeight, mean_square, no_longer, step_weight
 from ..parts import Parts
 
 
@@ -90,8 +90,8 @@ class Carrying:
         found = k.std * self.log_reward.of(gradient)
         if not self.cap:
             return found
-        length = found.flatten(1).norm(dim=1).reshape(-1, *([1] * (found.ndim - 1)))
-        return found * (self.cap / length.clamp(min=self.cap))
+        length = found.flatten(1).norm(dim=1)
+        return no_longer(found, length, length.new_full((), self.cap))
 
 
 class ReweightedRegression(Objective):
