@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from torch import Tensor
 
+from nablagfn.commands import assemble
+from nablagfn.commands.assemble import check_names
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core.rollout import rollout
 from nablagfn.core.samplers import find_sampler
@@ -510,8 +513,16 @@ def test_a_lora_of_some_steps_refuses_passes_that_lose_its_rows(key: str) -> Non
         find_family(config).check(config)
 
 
-def test_a_world_has_no_lora_to_switch_off() -> None:
+@pytest.mark.parametrize("key", ["model.lora_until", "model.lora_fade"])
+def test_what_has_no_lora_has_none_to_switch_off(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("worlds/ring")
-    set_option(config, "model.lora_until", 0.5)
-    with pytest.raises(ConfigError, match=r"lora_until=0\.5 .* set it back"):
-        find_family(config).check(config)
+    set_option(config, key, 0.5)
+    with pytest.raises(ConfigError, match=rf"{key}=0\.5 does not go .* no lora_targets"):
+        check_names(config)
+    config = load_config("demo")
+    set_option(config, key, 0.5)
+    check_names(config)
+    mine = replace(find_family(config), name="mine", lora_targets={})
+    monkeypatch.setattr(assemble, "find_family", lambda config: mine)
+    with pytest.raises(ConfigError, match=rf"{key}=0\.5 does not go .* \(mine\)"):
+        check_names(config)

@@ -55,6 +55,12 @@ def check_names(config: Config) -> None:
             rewards.check_names(name)
         except ConfigError as error:
             raise ConfigError(f"config.evaluation.held_out_rewards={name!r}: {error}") from None
+    varies = config.model.lora_variation
+    if varies and not family.lora_targets:
+        raise ConfigError(
+            f"{varies} does not go with {model}, whose family ({family.name}) names no "
+            "lora_targets, so that nothing says that it has a LoRA: set it back"
+        )
     family.check(config)
 
 

@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 def check(config: Config) -> None:
     """Raises ConfigError when there is no such world, or for shards of it."""
     worlds.load(config.pretrained.model)
-    varies = config.model.lora_variation
-    if varies:
-        raise ConfigError(
-            f"{varies} does not go with {config.pretrained.model}, a world, which has an adapter "
-            "and no LoRA: set it back"
-        )
     if config.training.shard_base:
         raise ConfigError(
             f"config.training.shard_base=True does not go with {config.pretrained.model}: a world "
