@@ -25,9 +25,13 @@ from nablagfn.families.stable_diffusion import STABLE_DIFFUSION
 from nablagfn.methods.build import build_kernel
 from nablagfn.models.latent import LatentPolicy
 from nablagfn.models.locate import EMBEDDED
+from nablagfn.models.lora import FIRST_STATE, MEAN
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.report.loading import how_to_load
+from nablagfn.report.read import read
+from nablagfn.report.render import code
 from nablagfn.runs.runfolder import RunFolder
+from nablagfn.training.checkpoint import load_policy
 from nablagfn.training.trainer import steps_of
 from tests.worlds import randomise
 
@@ -225,6 +229,43 @@ def test_a_lora_that_acts_in_the_first_steps_is_exported_and_proved_so(
     assert np.abs(drawn[0] - drawn[-1]).max() > 5
     words = f"{strengths[0]:.6g}, " if fade else f"the first {acting} steps"
     assert words in (found / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_first_state_goes_with_every_form_and_with_the_programs(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    moved = RunFolder(tmp_path / "run")
+    config = run.config()
+    policy = build_policy(config, torch.device("cpu"))
+    assert isinstance(policy, LatentPolicy)
+    weights = moved.checkpoints / "update_000002"
+    load_policy(policy, weights)
+    before = code(read(moved))
+    policy.first.mean = torch.zeros(policy.sample_shape)
+    policy.first.mean[0] = 1.5
+    policy.save(weights)
+    save_file(policy.state_dict(), weights / "policy.safetensors")
+    done = export(moved, form="all")
+    plain = export(run, form="diffusers", out=tmp_path / "plain")
+    assert {proof.form for proof in done.proofs} == {"diffusers", "kohya", "fused"}
+    assert min(proof.change for proof in done.proofs) > 0.1
+    for proof in done.proofs:
+        state = load_file(done.folder / proof.form / FIRST_STATE)
+        assert torch.equal(state[MEAN], policy.first.mean)
+    card, other = ((at.folder / "README.md").read_text(encoding="utf-8") for at in (done, plain))
+    assert f"In each lies `{FIRST_STATE}`" in card and FIRST_STATE not in other
+    assert f"load_file('diffusers/{FIRST_STATE}')" in card
+    program, drawn = code(read(moved)), []
+    assert "latents" in program and "latents" not in before
+    for given in (program, before.replace("pipe('", "pipe(latents=begin, prompt='")):
+        names: dict[str, object] = {}
+        torch.manual_seed(0)
+        if given is not program:
+            names["begin"] = torch.randn(1, *policy.sample_shape) + policy.first.mean
+        exec(given, names)
+        drawn.append(np.asarray(names["image"], dtype=float))
+    assert np.array_equal(*drawn)
 
 
 # -------------------------------------------------------------------------------- the proof

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,19 @@ from torch import Tensor
 
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.core import kernels
+from nablagfn.core.start import KEY
 from nablagfn.methods.objectives.reweighted import PoolSignals, ReweightedRegression
 from nablagfn.methods.registry import check_settings
 from nablagfn.training.draws import Draw
-from nablagfn.training.linear import Course, Field, LinearReward, LogQuadratic, shared_variance
+from nablagfn.training.linear import (
+    Course,
+    Field,
+    LinearReward,
+    LogQuadratic,
+    centred,
+    shared_variance,
+)
+from nablagfn.training.pool import log_mean, mean_one
 from nablagfn.training.trainer import Trainer
 from tests.test_critic import Known, output, walked
 from tests.test_pool import (
@@ -83,6 +93,23 @@ def test_the_expected_weight_and_its_slope_are_found_again() -> None:
     assert float((noisy.slope - 0.8 + 0.1 * score).abs().mean()) < 0.1
 
 
+def test_few_paths_of_each_prompt_do_not_make_the_curve_flat() -> None:
+    """Eight paths of a prompt know its log Z badly, so that over s − log Z the slope is found too
+    small. What is left is that their weights have the mean 1, not its prompt's."""
+    prompts, paths = 500, 8
+    slot = torch.arange(prompts).repeat_interleave(paths)
+    score, rest = 0.5 * noise(len(slot)), 0.8 * noise(len(slot), seed=1)
+    reward = score + rest
+    weight = mean_one(reward, slot)
+    field = Field(score[:, None].repeat(1, 2), score[:, None], score[:, None])
+    no = score[:, None]
+    draw = Draw(no, no, no, slot, reward, no[:, :0], no, no[:, :0])
+    judged = Course.of(draw, field).judged(weight, 1.0, 1)
+    assert float((judged.end / judged.now).mean()) == pytest.approx(0.91, abs=0.06)
+    log_z = log_mean(reward, slot, prompts)[slot]
+    assert float(LogQuadratic.fit(score - log_z, weight).slope.mean()) < 0.7
+
+
 def test_the_share_that_is_told_is_within_a_prompt() -> None:
     slot = torch.arange(2_000) % 2
     a, b = noise(2_000), noise(2_000, seed=1)
@@ -115,15 +142,21 @@ def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() ->
     field = Field(
         torch.stack([*scores, x[:, -1] @ slope], 1),
         torch.stack([*gradients[1:], slope.expand(len(x), -1)], 1),
+        gradients[0],
     )
     slot = torch.zeros(len(x), dtype=torch.long)
     draw = Draw(x, u, u, slot, reward, x[:, :, 0][:, :0], torch.zeros(len(x), steps), x[:, :0])
     beta = 1.0
     weight = (beta * reward - (beta * reward).logsumexp(0)).exp() * len(x)
-    log_z = torch.zeros(len(x), dtype=torch.float64)
     course = Course.of(draw, field)
-    judged = course.judged(weight, log_z, beta, steps)
-    assert course.told < 0.05  # this sampler begins with noise
+    judged = course.judged(weight, beta, steps)
+    assert course.told == 0  # the first state is moved, too, to its mean in the target
+    exact = known.slope[0]  # of log F̃ at x_0 ~ N(0, s²), so that it moves to s² times that
+    for std in (1.0, 0.5):
+        start = course.start(weight, beta, std).double()
+        assert float((start - std**2 * exact).norm()) < 0.12 * std**2 * float(exact.norm())
+    left = Course.of(draw, replace(field, first=field.first[:, :0]))
+    assert 0 < left.told < 0.05  # this sampler begins with noise
     for step in (0, 3, 5, 8, steps - 1):
         factor = (judged.end / judged.now)[:, step].double()
         if 0 < step < steps - 1:
@@ -133,11 +166,14 @@ def test_for_a_linear_reward_and_normal_samples_the_aim_is_the_targets_step() ->
         away = (weight[:, None] * (aim - exact)).mean(0)
         assert float(away.norm()) < 0.12 * float(exact.norm()), step
     assert float(judged.now[:, 0].mean()) == pytest.approx(1, abs=0.02)
-    # a prompt whose rewards, and with them its log Z, are higher by a constant
-    shift = torch.where(torch.arange(len(x)) % 2 == 0, 3.0, 0.0).double()
-    shifted = replace(course, score=course.score + shift[:, None])
-    again = shifted.judged(weight, log_z + beta * shift, beta, steps)
-    torch.testing.assert_close(again.end, judged.end, rtol=1e-4, atol=1e-4)
+    # prompts whose rewards, and with them their log Z, differ by a constant
+    two = replace(draw, slot=torch.arange(len(x)) % 2)
+    shift = 3.0 * two.slot[:, None]
+    plain, shifted = (
+        Course.of(two, replace(field, score=field.score + by)).judged(weight, beta, steps)
+        for by in (0 * shift, shift)
+    )
+    torch.testing.assert_close(shifted.end, plain.end, rtol=1e-4, atol=1e-4)
 
 
 def test_the_aim_is_the_targets_step_where_the_step_is_long() -> None:
@@ -149,8 +185,8 @@ def test_the_aim_is_the_targets_step_where_the_step_is_long() -> None:
     score = x_next
     exact_weight = (1.2 * score - 0.2 * score.square()).exp()
     weight = exact_weight / exact_weight.mean()
-    course = Course(torch.stack([score * 0, score], 1), told=0.0)
-    judged = course.judged(weight, torch.zeros_like(score), 1.0, 1)
+    course = Course(torch.stack([score * 0, score], 1), score[:, None][:, :0], told=0.0)
+    judged = course.judged(weight, 1.0, 1)
     aim = float(judged.end.double().mean()) / float(judged.now.double().mean())
     exact = float((weight * noise_of_step).mean())
     assert aim == pytest.approx(exact, abs=0.02)
@@ -162,7 +198,7 @@ def test_what_the_first_state_tells_is_made_up_for() -> None:
     x, u, _ = walked(known, torch.zeros(4, dtype=torch.float64))
     few = slice(0, 400)
     slot = torch.zeros(400, dtype=torch.long)
-    field = Field(x[few, :4, 0], noise(400, 3, 4))
+    field = Field(x[few, :4, 0], noise(400, 3, 4), noise(400, 0))
     reward = x[few, 0, 0] + noise(400, seed=4)  # half of it is known at once
     draw = Draw(
         x[few], u[few], u[few], slot, reward, x[few, :, 0][:, :0], torch.zeros(400, 12), x[few, :0]
@@ -170,9 +206,8 @@ def test_what_the_first_state_tells_is_made_up_for() -> None:
     course = Course.of(draw, field)
     assert course.told == pytest.approx(0.5, abs=0.1)
     weight = (reward - reward.logsumexp(0)).exp() * 400
-    log_z = torch.zeros(400, dtype=torch.float64)
-    made_up = course.judged(weight, log_z, 1.0, 12)
-    plain = replace(course, told=0.0).judged(weight, log_z, 1.0, 12)
+    made_up = course.judged(weight, 1.0, 12)
+    plain = replace(course, told=0.0).judged(weight, 1.0, 12)
     assert plain.end[:, :3].abs().sum() > 0 and not made_up.end[:, 3:].any()
     torch.testing.assert_close(made_up.end, plain.end / (1 - course.told))
 
@@ -204,8 +239,48 @@ def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(tmp_path: Path
         slope = (score(x + moved, step + 1) - score(x - moved, step + 1)) / (2 * size)
         found = base.gradient[:, step].flatten(1)[:, 0]
         torch.testing.assert_close(found, slope, rtol=2e-2, atol=2e-3)
-        torch.testing.assert_close(made._course.score[:, step + 1].float(), score(x, step + 1))
+        wanted = centred(score(x, step + 1), base.slot)
+        torch.testing.assert_close(made._course.score[:, step + 1].float(), wanted)
     torch.testing.assert_close(base.gradient[:, -1], fitted.slope.expand_as(base.x[:, -1]))
+
+
+def test_the_policys_first_state_moves_where_the_fit_says(tmp_path: Path) -> None:
+    """To the mean of ĥ_0 ∇ log ĥ_0, with β, whatever the process; not without the option."""
+    still = collector(options(), tmp_path / "still", gradients="linear")
+    still.collect(0)
+    assert still.policy.first.mean is None
+    made = collector(options(pool__shift_start=True), tmp_path, gradients="linear")
+    made.over_processes = lambda mean: 2 * mean
+    made.collect(0)
+    base, course, mean = made._base, made._course, made.policy.first.mean
+    assert base is not None and course is not None and mean is not None
+    assert course.told == 0 and mean.shape == made.policy.sample_shape
+    weight = mean_one(made._log_weight(base), base.slot)
+    torch.testing.assert_close(mean, 2 * course.start(weight, 2.0, 1.0))
+    x, size = base.x[:, 0], 1e-2
+    fitted = LinearReward.fit(base.x[:, -1], base.reward)
+    condition = made.policy.condition([made.slots[i] for i in base.slot.tolist()], [{}] * len(x))
+    k, scores = made.table.at_step(0, x), []
+    for by in (-size, size):
+        moved = x.clone()
+        moved.flatten(1)[:, 0] += by
+        with torch.no_grad(), made.policy.reference():
+            u = made.policy.output(moved, k.here.time, condition)
+        scores.append((kernels.predict_clean(moved, u, k.here) * fitted.slope).flatten(1).sum(1))
+    slope = (scores[1] - scores[0]) / (2 * size)
+    torch.testing.assert_close(course.first.flatten(1)[:, 0], slope, rtol=2e-2, atol=2e-3)
+    made.log_reward = replace(made.log_reward, temper=lambda: 0.0)
+    made.collect(1)
+    assert float(made.policy.first.mean.abs().max()) < 1e-6 < float(mean.abs().max())
+
+
+def test_a_policy_without_a_first_state_is_told_of(tmp_path: Path) -> None:
+    policy = PromptedWorld(hidden=8)
+    del policy.first
+    made = partial(collector, options(pool__shift_start=True), tmp_path, policy)
+    with pytest.raises(ConfigError, match="shift_start=True needs a policy with a `first`"):
+        made(gradients="linear")
+    made(gradients="carried")
 
 
 def test_the_field_goes_on_with_fewer_rows_where_memory_runs_out(
@@ -249,13 +324,16 @@ def test_what_is_learned_is_the_judged_length_along_the_gradient(tmp_path: Path)
     assert not objective.uses_reward_gradient and objective.carries_gradient
 
 
-def test_it_goes_on_bit_for_bit_and_makes_damaged_files_again(tmp_path: Path) -> None:
-    whole = trained(options(tmp_path / "whole", **LINEAR))
-    trained(options(tmp_path / "parts", training__num_epochs=3, **LINEAR))
+@pytest.mark.parametrize("shift", [False, True])
+def test_it_goes_on_bit_for_bit_and_makes_damaged_files_again(tmp_path: Path, shift: bool) -> None:
+    chosen = {**LINEAR, "pool__shift_start": shift}
+    whole = trained(options(tmp_path / "whole", **chosen))
+    assert (KEY in whole) == shift
+    trained(options(tmp_path / "parts", training__num_epochs=3, **chosen))
     files = sorted((tmp_path / "parts").rglob("pool/rank00_linear_*"))
     assert files
     files[0].write_bytes(b"x")
-    again = trained(options(tmp_path / "parts", **LINEAR))
+    again = trained(options(tmp_path / "parts", **chosen))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
@@ -277,6 +355,10 @@ def test_a_black_box_will_do(tmp_path: Path) -> None:
         ({"pool.looks": 2}, "config.pool.looks=2 does not go with config.pool.gradient=linear"),
         ({"pool.own_share": 0.5}, "set it to 0"),
         ({"pool.gradient_share": 0.5}, "set it to 1"),
+        (
+            {"pool.gradient": "carried", "pool.shift_start": True},
+            "needs config.pool.gradient=linear",
+        ),
     ],
 )
 def test_what_does_not_go_with_it_is_one_line(changes: dict[str, object], words: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nablagfn.core.schedules import DiscreteNoising, Prediction
+from nablagfn.core.start import FirstState
 from nablagfn.core.types import Condition, Metadata
 
 MEANS = ((-1.5, 0.0), (1.0, 1.5), (1.0, -1.0))
@@ -81,6 +82,7 @@ class MixtureWorld:
         self.weights = torch.tensor(WEIGHTS, dtype=torch.float64)
         self.adapter = _mlp(hidden, seed)
         self.adapter_on = True
+        self.first = FirstState()
 
     # ---------------------------------------------------------------- the known answer
 
@@ -130,7 +132,8 @@ class MixtureWorld:
     def reference(self) -> Iterator[None]:
         self.adapter_on = False
         try:
-            yield
+            with self.first.reference():
+                yield
         finally:
             self.adapter_on = True
 
@@ -150,10 +153,10 @@ class MixtureWorld:
         return list(self.adapter.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.adapter.state_dict())
+        return {**self.adapter.state_dict(), **self.first.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.adapter.load_state_dict(dict(state))
+        self.adapter.load_state_dict(self.first.load(state))
 
     def save(self, folder: Path) -> None:
         save_file(self.state_dict(), folder / "adapter.safetensors")

@@ -52,15 +52,19 @@ RIVALS: dict[str, dict[str, object]] = {
     "AlignProp": {"experiment.method": "alignprop"},
 }
 PROBED: dict[str, object] = {"logging.eval_freq": 20}
+ALONG_PATHS: dict[str, object] = {
+    "training.num_epochs": 120,
+    "pool.gradient": "carried",
+    "pool.shift_start": False,
+}
 LINEAR, CARRIED, NOISE = "∇-DB on a pool, linear fit", "∇-DB on a pool", "reward-weighted"
 POOLED: dict[str, dict[str, object]] = {  # the settings of `warmth`
     LINEAR: {"logging.eval_freq": 10},  # the recipe itself
-    CARRIED: {**PROBED, "training.num_epochs": 120, "pool.gradient": "carried"},
+    CARRIED: {**PROBED, **ALONG_PATHS},
     NOISE: {
         **PROBED,
+        **ALONG_PATHS,
         "experiment.method": "reward-weighted",
-        "training.num_epochs": 120,
-        "pool.gradient": "carried",
         "pool.looks": 6,
     },
 }

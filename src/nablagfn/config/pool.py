@@ -56,6 +56,13 @@ class PoolSettings(Group):
         "no gradient of the reward, has the noise of one step only, and is as good as the fit, "
         "whose share of the reward is printed",
     )
+    shift_start: bool = Field(
+        False,
+        description="nabla-db-pool with pool.gradient=linear: the mean of the first state is "
+        "finetuned, too, one for all prompts. Where a schedule leaves some signal there (7 % in "
+        "Stable Diffusion's) it decides a part of the picture, above all its colours, before the "
+        "first step. The pictures then begin at noise + that mean, in diffusers by `latents=`",
+    )
     gradient_share: float = Field(
         1.0,
         ge=0,

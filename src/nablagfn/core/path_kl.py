@@ -10,7 +10,8 @@ The same pass gives each path's weight against the target p_#(path)·exp(β·r(x
 
     log w = β·r(x_N) − Σ_k log p_θ(x_{k+1}|x_k)/p_#(x_{k+1}|x_k)
 
-Exact, because every step is Gaussian; constant (log Z) for a sampler that hits its target.
+Exact, because every step is Gaussian; constant (log Z) for a sampler that hits its target. Where
+the policy moves the mean of the first state (`core.start`), what that costs is counted with step 0.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import start
 from .kernels import KernelTable, Step, log_ratio, moved_mean
 from .types import Policy, Trajectories
 
@@ -47,8 +49,8 @@ class PathRatio:
     """Paths of the policy against the pretrained model's, step by step, [B, N] each, nats.
 
     kl: KL(p_θ(·|x_k)‖p_#(·|x_k)). log_ratio: log p_θ(x_{k+1}|x_k)/p_#(x_{k+1}|x_k) of the step
-    that was taken, whose mean over the policy's paths is that of kl. output_ref: [B, N, ...]
-    u_#(x_k), where it was to be kept.
+    that was taken, whose mean over the policy's paths is that of kl. Step 0 has the first state's,
+    too. output_ref: [B, N, ...] u_#(x_k), where it was to be kept.
     """
 
     kl: Tensor
@@ -84,6 +86,7 @@ def path_ratio(
     Costs N evaluations of the other of the two a path.
     """
     kl, ratios, kept = [], [], []
+    first = start.mean_of(policy)
     with torch.no_grad(), nullcontext() if of_reference else policy.reference():
         for step in range(paths.num_steps):
             x = paths.x[:, step]
@@ -97,6 +100,9 @@ def path_ratio(
                 kept.append(output_ref)
             moved = log_ratio(x, paths.x[:, step + 1], output, output_ref, k)
             ratios.append(moved.flatten(1).double().sum(1))
+    if first is not None:
+        kl[0] = kl[0] + start.kl(first, table.start_std)
+        ratios[0] = ratios[0] + start.log_ratio(paths.x[:, 0], first, table.start_std)
     reference = torch.stack(kept, 1) if keep_reference else None
     return PathRatio(torch.stack(kl, 1), torch.stack(ratios, 1), reference)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, start
 from .kernels import KernelTable
 from .types import Condition, Policy, Trajectories, beside
 
@@ -18,12 +18,13 @@ def rollout(
 ) -> Trajectories:
     """Draw one trajectory per row of `noise` from the policy as it is now.
 
-    noise: [B, N+1, ...] standard normal; noise[:, 0] is x_0, up to its standard deviation (1 unless
-    the schedule loses variance), and noise[:, k+1] drives transition k.
+    noise: [B, N+1, ...] standard normal; noise[:, 0] is x_0, up to its mean (`core.start`) and
+    standard deviation (1 unless the schedule loses variance); noise[:, k+1] drives transition k.
     """
     noise = noise.to(policy.device)
     with torch.no_grad():
-        return walk(policy, table, table.start_std * noise[:, 0], noise[:, 1:], condition)
+        x = start.drawn(noise[:, 0], table.start_std, start.mean_of(policy))
+        return walk(policy, table, x, noise[:, 1:], condition)
 
 
 def walk(

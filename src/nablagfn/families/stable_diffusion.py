@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ConfigError
 from ..models.locate import EMBEDDED, SD15, locate
-from ..models.lora import UNET
+from ..models.lora import FIRST_STATE, UNET
 from .family import ExportForm, Family, StockSampler
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _pipeline(model: str, revision: str = "main") -> Any:
 
 
 def _with_lora(config: Config, folder: Path) -> Any:
-    (weights,) = folder.glob("*.safetensors")
+    (weights,) = (file for file in folder.glob("*.safetensors") if file.name != FIRST_STATE)
     pipeline = _pipeline(config.pretrained.model, config.pretrained.revision)
     pipeline.load_lora_weights(folder, weight_name=weights.name)
     return pipeline
@@ -168,7 +168,7 @@ def _write_kohya(policy: LatentPolicy, config: Config, folder: Path, name: str) 
     from diffusers.utils import convert_state_dict_to_kohya
     from safetensors.torch import save_file
 
-    named = {f"unet.{key}": value.detach().cpu() for key, value in policy.state_dict().items()}
+    named = {f"unet.{key}": value.detach().cpu() for key, value in policy.lora().items()}
     converted = convert_state_dict_to_kohya(named)
     plain = {key: value.float().contiguous() for key, value in converted.items()}
     save_file(plain, folder / f"{name}.safetensors")

@@ -251,6 +251,10 @@ def check_source(config: Config, method: Method) -> None:
         )
     if s.gradient == "linear":
         check_linear(config)
+    elif s.shift_start:
+        raise ConfigError(
+            f"config.pool.shift_start=True needs config.pool.gradient=linear, not {s.gradient}"
+        )
     if config.model.unet_reg_scale and "paths" in method.sources:
         raise ConfigError(
             f"config.model.unet_reg_scale={config.model.unet_reg_scale:g} holds on to the "

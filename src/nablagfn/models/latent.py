@@ -14,6 +14,7 @@ from accelerate import cpu_offload_with_hook
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -21,11 +22,12 @@ from ..config import ConfigError, Speed
 from ..config.model import lora_strength
 from ..core import rng
 from ..core.schedules import Noising, Prediction
+from ..core.start import FirstState
 from ..core.surrogate import wants_gradient
 from ..core.types import Condition, Metadata
 from .flow import UNetFlow
 from .in_range import Border
-from .lora import ALL, endings
+from .lora import ALL, FIRST_STATE, MEAN, endings
 from .shard import shard as shard_over_processes
 
 ADAPTER = "default"
@@ -140,6 +142,7 @@ class LatentPolicy:
         self.lora_targets = tuple(lora_targets)
         self.lora_until = lora_until
         self.lora_fade = lora_fade
+        self.first = FirstState()
         self._gate: Tensor | None = None  # [rows] of the pass in progress: the LoRA's strength
         self._add_lora(lora_rank, seed)
         names = (name for name, _ in self.network.named_parameters())
@@ -334,7 +337,8 @@ class LatentPolicy:
         the frozen model must also run inside."""
         self.network.disable_adapters()
         try:
-            yield
+            with self.first.reference():
+                yield
         finally:
             self.network.enable_adapters()
 
@@ -399,16 +403,30 @@ class LatentPolicy:
         return [p for name, p in self.network.named_parameters() if ".lora_" in name]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The LoRA by peft's names."""
-        return get_peft_model_state_dict(self.network)
+        """`lora`, and the mean of the first state where it has one."""
+        return {**self.lora(), **self.first.state_dict()}
+
+    def lora(self) -> dict[str, Tensor]:
+        """The LoRA's matrices by peft's names."""
+        found: dict[str, Tensor] = get_peft_model_state_dict(self.network)
+        return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when the state is not this LoRA's."""
-        mine = {name: value.shape for name, value in self.state_dict().items()}
-        if mine != {name: value.shape for name, value in state.items()}:
+        lora = self.first.load(state)
+        mine = {name: value.shape for name, value in self.lora().items()}
+        if mine != {name: value.shape for name, value in lora.items()}:
             raise ValueError("the LoRA weights do not fit this model: other layers or another rank")
-        set_peft_model_state_dict(self.network, dict(state), adapter_name=ADAPTER)
+        set_peft_model_state_dict(self.network, lora, adapter_name=ADAPTER)
 
     def save(self, folder: Path) -> None:
-        """`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`."""
-        self.model.save(folder, self.state_dict())
+        """`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`, and what
+        `save_first_state` writes."""
+        self.model.save(folder, self.lora())
+        self.save_first_state(folder)
+
+    def save_first_state(self, folder: Path) -> None:
+        """`first_state.safetensors`, which is added to the latents of `pipe(…, latents=…)`; nothing
+        where its mean is 0."""
+        if self.first.mean is not None:
+            save_file({MEAN: self.first.mean.cpu().contiguous()}, folder / FIRST_STATE)

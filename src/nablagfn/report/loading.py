@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import Config, ConfigError
 from ..families import Family, StockSampler, family_of_run
+from ..models.lora import MEAN
 
 
 def how_to_load(
@@ -16,11 +17,13 @@ def how_to_load(
     weight_name: str = "",
     times: Sequence[float] = (),
     strengths: Sequence[float] = (),
+    first_state: str = "",
 ) -> str:
     """A program that draws `prompt` with the LoRA in the folder `weights`.
 
     times: of the run's steps (RunFolder.times), which an uneven grid needs. strengths: of the
-    LoRA in each of them; none: 1 in all.
+    LoRA in each of them; none: 1 in all. first_state: the file with the mean of the first state;
+    "": it is 0.
 
     Where no scheduler of diffusers draws as the run does, how this package does; empty for a family
     that has no pipeline.
@@ -34,12 +37,15 @@ def how_to_load(
         return f"# {error}\nnablagfn sample RUN --prompts {prompt!r}"
     name = f", weight_name={weight_name!r}" if weight_name else ""
     lines = [
+        *(["import torch"] if first_state else []),
         f"from diffusers import {', '.join(sorted((stock.scheduler, *family.pipelines)))}",
+        *(["from safetensors.torch import load_file"] if first_state else []),
         *base(family, config),
         f"pipe.load_lora_weights({weights!r}{name})",
         *set_sampler(stock),
         *changing(strengths),
-        *draw(config, stock, prompt, bool(strengths)),
+        *begin(first_state),
+        *draw(config, stock, prompt, bool(strengths), bool(first_state)),
     ]
     return "\n".join(lines)
 
@@ -91,13 +97,26 @@ def changing(strengths: Sequence[float]) -> list[str]:
     ]
 
 
-def draw(config: Config, stock: StockSampler, prompt: str, called_back: bool) -> list[str]:
-    """Lines that draw one picture as the run does."""
+def begin(first_state: str) -> list[str]:
+    """Lines that read the mean of the first state; none where it is 0."""
+    if not first_state:
+        return []
+    return ["", f'mean = load_file({first_state!r})["{MEAN}"]  # of the first state']
+
+
+def draw(
+    config: Config, stock: StockSampler, prompt: str, called_back: bool, moved: bool
+) -> list[str]:
+    """Lines that draw one picture as the run does. called_back: after each step by `ended`. moved:
+    from a first state of mean `mean`."""
     sampling = config.sampling
     given = "".join(f", {key}={_number(value)}" for key, value in stock.call.items())
     if called_back:
         given += ", callback_on_step_end=ended"
+    if moved:
+        given += ", latents=latents"
     return [
+        *(["latents = torch.randn(1, *mean.shape) + mean"] if moved else []),
         f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",
         f"    num_inference_steps={sampling.num_steps}{given}).images[0]",
     ]

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ..config import ConfigError, drawn_with
+from ..models.lora import FIRST_STATE
 from ..runs.advice import advise
 from ..runs.runfolder import RunFolder, write_atomic
 from . import figures, tables
@@ -283,4 +284,13 @@ def code(record: Record) -> str:
     prompt = next(iter(record.prompts), "a cat")
     folder = record.folder
     strengths = folder.lora_strengths(record.config)
-    return how_to_load(record.config, prompt, str(weights), "", folder.times(), strengths)
+    first = weights / FIRST_STATE
+    return how_to_load(
+        record.config,
+        prompt,
+        str(weights),
+        "",
+        folder.times(),
+        strengths,
+        str(first) if first.is_file() else "",
+    )

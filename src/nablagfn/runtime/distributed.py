@@ -97,6 +97,11 @@ def total(accelerator: Accelerator, value: Tensor) -> Tensor:
     return added
 
 
+def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, on all of them."""
+    return total(accelerator, value) / accelerator.num_processes
+
+
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """True on every process when it is true on one."""
     if accelerator.num_processes == 1:

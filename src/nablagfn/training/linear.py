@@ -8,16 +8,21 @@ over the pool's finished samples is smooth, and what is expected of it is known:
 
 The weight that is to be expected of a state is taken for a function of that score:
 
-    log ĥ_k = c0 + c1 s + c2 s²,   s = β a·x̂_#(x_k) − log Z      (the c of greatest Σ w log ĥ − ĥ)
+    log ĥ_k = c0 + c1 s + c2 s²,   s = β a·(x̂_#(x_k) − its mean over the prompt's paths)
+
+with the c of greatest Σ w log ĥ − ĥ. (s against log Z, which a few paths know badly, would make the
+curve too flat, as errors in what a curve is fitted over do.)
 
 The target's step is σ_k E[∇h(x_{k+1})|x_k]/h(x_k) (Stein's identity), the mean over a step's noise
 of the gradient where it ends. So each path's own next state tells it, and what is aimed at is
 
     ĥ_{k+1} (c1 + 2 c2 s_{k+1}) cap(σ_k β J_x̂(x_{k+1})ᵀ a) / (1 − R)
 
-R: the share of the reward's variance within a prompt that the first state tells already. A sampler
-draws it from a normal distribution, and no policy changes that, so that the steps have to make up
-for it: for normal samples the ends have the target's mean then, and its distribution.
+R: the share of the reward's variance within a prompt that the first state tells already. Where no
+policy changes how that is drawn the steps have to make up for it: for normal samples the ends have
+the target's mean then, and its distribution. With `pool.shift_start` the first state is one more
+end, of a step that begins nowhere: its mean becomes s² E[ĥ_0 (c1 + 2 c2 s_0) β J_x̂(x_0)ᵀ a], one
+for all prompts, and R is 0.
 
 No gradient of the reward is needed, and no noise is in what is left but that of one step.
 """
@@ -67,10 +72,12 @@ class LinearReward:
 @dataclass(frozen=True)
 class Field(Tensors):
     """Of n paths: score [n, K + 1] a·x̂_#(x_k) of the first K + 1 states; gradient [n, K, ...]
-    J_x̂ᵀ a where the first K steps end. At a path's end it is x_N itself in place of x̂."""
+    J_x̂ᵀ a where the first K steps end. At a path's end it is x_N itself in place of x̂. first: [n,
+    ...] J_x̂ᵀ a at the first state, or [n, 0]."""
 
     score: Tensor
     gradient: Tensor
+    first: Tensor
 
     def padded(self, draw: Draw) -> Draw:
         """The paths with these gradients, 0 where there are none."""
@@ -81,44 +88,56 @@ class Field(Tensors):
 
 @dataclass(frozen=True)
 class Course:
-    """What is needed of a field for each β. score: [n, K + 1]. told: R, in 0..1."""
+    """What is needed of a field for each β. score: [n, K + 1], centred within a prompt. first: [n,
+    ...] as the field's. told: R, in 0..1; 0 where the first state is shifted."""
 
     score: Tensor
+    first: Tensor
     told: float
 
     @staticmethod
     def of(draw: Draw, field: Field) -> Course:
-        told = shared_variance(field.score[:, 0], draw.reward, draw.slot)
-        return Course(field.score.double(), told)
+        score = centred(field.score.double(), draw.slot)
+        shifted = field.first.numel() > 0
+        told = 0.0 if shifted else shared_variance(score[:, 0], draw.reward, draw.slot)
+        return Course(score, field.first, told)
 
-    def judged(self, weight: Tensor, log_z: Tensor, beta: float, num_steps: int) -> Judged:
+    def judged(self, weight: Tensor, beta: float, num_steps: int) -> Judged:
         """ĥ_{k+1} and ĥ_{k+1} (c1 + 2 c2 s_{k+1})/(1 − R) of each path and step, [n, N]; w and 0
-        beyond the field.
-
-        weight, log_z: [n] float64, of the path and of its prompt.
-        """
+        beyond the field. weight: [n] float64, of the paths."""
         now = weight[:, None].repeat(1, num_steps)
         end = torch.zeros_like(now)
         for step in range(self.score.shape[1] - 1):
-            curve = LogQuadratic.fit(beta * self.score[:, step + 1] - log_z, weight)
+            curve = LogQuadratic.fit(beta * self.score[:, step + 1], weight)
             now[:, step] = curve.value
             end[:, step] = curve.value * curve.slope / (1 - self.told)
         return Judged(now.float(), now.float(), end.float(), None)
+
+    def start(self, weight: Tensor, beta: float, std: float) -> Tensor:
+        """s² E[ĥ_0 (c1 + 2 c2 s_0) β J_x̂(x_0)ᵀ a], the mean of the first state, [...].
+
+        std: s, of the first state. By Stein's identity it is E[ĥ_0 x_0], its mean in the target.
+        """
+        curve = LogQuadratic.fit(beta * self.score[:, 0], weight)
+        slope = std**2 * beta * curve.value * curve.slope
+        mean = torch.tensordot(slope, self.first.double(), 1) / len(slope)
+        return mean.float()
+
+
+def centred(value: Tensor, slot: Tensor) -> Tensor:
+    """value [n, ...] less its mean over the paths of each slot [n]."""
+    count = slot.bincount().clamp(min=1).to(value.dtype)
+    total = value.new_zeros(len(count), *value.shape[1:]).index_add(0, slot, value)
+    return value - (total / count.reshape(-1, *[1] * (value.ndim - 1)))[slot]
 
 
 def shared_variance(a: Tensor, b: Tensor, slot: Tensor) -> float:
     """The squared correlation of a and b [n] within the paths of each slot [n], less what chance
     alone gives; 0..0.9."""
-    count = slot.bincount().clamp(min=1)
-
-    def centred(value: Tensor) -> Tensor:
-        value = value.double()
-        return value - (value.new_zeros(len(count)).index_add(0, slot, value) / count)[slot]
-
-    a, b = centred(a), centred(b)
+    a, b = centred(a.double(), slot), centred(b.double(), slot)
     total = float(a.square().sum() * b.square().sum())
     found = float((a * b).sum()) ** 2 / total if total > 0 else 0.0
-    chance = 1 / max(1, len(slot) - len(count))
+    chance = 1 / max(1, len(slot) - int(slot.max()) - 1)
     return min(max((found - chance) / (1 - chance), 0.0), 0.9) if chance < 1 else 0.0
 
 

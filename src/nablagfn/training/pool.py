@@ -35,6 +35,7 @@ from ..core.kernels import KernelTable
 from ..core.log_reward import LogReward, differentiated
 from ..core.path_kl import path_ratio
 from ..core.rollout import rollout
+from ..core.start import FirstState
 from ..core.types import Condition, Judged, Objective, Policy, Pooled, Trajectories, beside
 from ..methods.parts import Parts
 from ..methods.registry import source_of
@@ -47,9 +48,15 @@ from .draws import Draw, Kept, Shelf, identity
 from .updater import require_finite
 
 Found = TypeVar("Found")
+Mean = Callable[[Tensor], Tensor]
 
 PARTS = 32  # files of a draw, at most
 MEASURED = 4096  # paths whose directions are taken, at most
+
+
+def alone(value: Tensor) -> Tensor:
+    """The mean over the processes where there is one."""
+    return value
 
 
 def mean_one(log_w: Tensor, slot: Tensor) -> Tensor:
@@ -113,7 +120,8 @@ class PoolCollector(Collector):
 
     log_reward: gives β at the moment; its decoder and its pieces are used for the rewards.
     gradients: which are wanted: "carried" back along the paths, of a "linear" fit of the reward
-    (`training.linear`), or "none". shelf: keeps the pool (RUN/pool).
+    (`training.linear`), or "none". shelf: keeps the pool (RUN/pool). over_processes: the mean of a
+    tensor over all of them.
     """
 
     def __init__(
@@ -127,6 +135,7 @@ class PoolCollector(Collector):
         gradients: str,
         shelf: Shelf,
         world: int = 1,
+        over_processes: Mean = alone,
     ) -> None:
         super().__init__(policy, table, prompts, config, rank=shelf.rank, world=world)
         self.log_reward = log_reward
@@ -143,6 +152,8 @@ class PoolCollector(Collector):
             critic.Spans.of(self.looks, table.num_steps, ahead) for ahead in (config.pool.ahead, 0)
         )
         self.shelf = shelf
+        self.over_processes = over_processes
+        self.first = self._first_state()
         self.slots = self._slots()
         self._base: Draw | None = None
         self._slope = torch.ones(table.num_steps)
@@ -152,6 +163,19 @@ class PoolCollector(Collector):
         self._fitted_beta = math.nan
         self._own: dict[int, Draw] = {}  # by epoch
         self._rows = config.training.micro_batch or config.training.batch_size
+
+    def _first_state(self) -> FirstState | None:
+        """That of the policy, where it is to be moved. Raises ConfigError for one without."""
+        if not self.config.pool.shift_start or self.gradients != "linear":
+            return None
+        first = getattr(self.policy, "first", None)
+        if not isinstance(first, FirstState):
+            raise ConfigError(
+                "config.pool.shift_start=True needs a policy with a `first` (nablagfn.core.start."
+                "FirstState), which that of config.pretrained.model="
+                f"{self.config.pretrained.model!r} has not: set it to False"
+            )
+        return first
 
     def _slots(self) -> tuple[str, ...]:
         """The prompts of this process's pool: those of the set in shuffled rounds."""
@@ -207,7 +231,8 @@ class PoolCollector(Collector):
         count = len(self.slots)
         log_z = log_mean(of(base.reward.double()), base.slot, count)
         if self._course:
-            return self._expected(self._course, base, log_z[base.slot])
+            weight = (of(base.reward.double()) - log_z[base.slot]).exp()
+            return self._expected(self._course, weight)
         curves: list[critic.ExpectedWeight] = []
         found = []
         for draw in draws:
@@ -230,13 +255,16 @@ class PoolCollector(Collector):
             self._directions,
         )
 
-    def _expected(self, course: linear.Course, base: Draw, log_z: Tensor) -> Judged:
-        """ĥ by the linear fit and the steps along it, fitted again when β has changed."""
+    def _expected(self, course: linear.Course, weight: Tensor) -> Judged:
+        """ĥ by the linear fit and the steps along it, fitted again when β has changed; the policy's
+        first state is moved with them."""
         beta = float(self.log_reward.of(torch.ones((), dtype=torch.float64)))
         if self._fitted is None or beta != self._fitted_beta:
-            weight = (beta * base.reward.double() - log_z).exp()
-            self._fitted = course.judged(weight, log_z, beta, self.table.num_steps)
+            self._fitted = course.judged(weight, beta, self.table.num_steps)
             self._fitted_beta = beta
+            if self.first is not None:
+                mean = course.start(weight, beta, self.table.start_std)
+                self.first.mean = self.over_processes(mean.to(self.policy.device))
         return self._fitted
 
     def _taken(
@@ -419,7 +447,10 @@ class PoolCollector(Collector):
             linear.Field,
             len(base.slot),
             lambda rows: identity(
-                paths=self._identity(rows, base.slot, None), ends=self.acting, slope=slope
+                paths=self._identity(rows, base.slot, None),
+                ends=self.acting,
+                slope=slope,
+                first=self.first is not None,
             ),
             lambda rows: self._field(base.at(rows), fitted.slope),
             between,
@@ -447,9 +478,10 @@ class PoolCollector(Collector):
         condition = self.policy.condition(asked, self.prompts.metadata(asked))
         first = self.table.at_step(0, draw.x[:, 0])
         known = kernels.predict_clean(draw.x[:, 0], draw.output_ref[:, 0], first.here)
-        scores, gradients = [(known * slope).flatten(1).sum(1)], []  # no step ends there
+        scores, gradients = [(known * slope).flatten(1).sum(1)], []
         slope = slope.to(self.policy.device)
-        for step in range(1, self.acting + 1):
+        shifts = self.first is not None  # else no gradient is asked for where no step ends
+        for step in range(0 if shifts else 1, self.acting + 1):
             x = draw.x[:, step].to(self.policy.device).requires_grad_()
             with torch.enable_grad(), self.policy.reference():
                 clean = self._predicted(x, step, condition)
@@ -457,7 +489,9 @@ class PoolCollector(Collector):
                 (gradient,) = torch.autograd.grad(score.sum(), x)
             scores.append(score.detach().cpu())
             gradients.append(gradient.cpu())
-        return linear.Field(torch.stack(scores, 1), torch.stack(gradients, 1))
+        begin = gradients.pop(0) if shifts else known.new_zeros(len(known), 0)
+        score = torch.stack(scores[1:] if shifts else scores, 1)
+        return linear.Field(score, torch.stack(gradients, 1), begin)
 
     def _predicted(self, x: Tensor, step: int, condition: Condition) -> Tensor:
         """x̂(x_k), [n, ...]; of the end of a path x_N itself."""
@@ -511,7 +545,14 @@ class PoolCollector(Collector):
         return reward, torch.cat(gradients) if gradients else reward.new_zeros(len(reward), 0)
 
 
-def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int = 1) -> Collector:
+def collector_of(
+    parts: Parts,
+    objective: Objective,
+    shelf: Shelf,
+    *,
+    world: int = 1,
+    over_processes: Mean = alone,
+) -> Collector:
     """What gives the run its paths: new ones, or a pool's that is kept on the shelf."""
     if source_of(parts.config) == "paths":
         return Collector(
@@ -526,4 +567,5 @@ def collector_of(parts: Parts, objective: Objective, shelf: Shelf, *, world: int
         gradients=parts.config.pool.gradient if objective.carries_gradient else "none",
         shelf=shelf,
         world=world,
+        over_processes=over_processes,
     )

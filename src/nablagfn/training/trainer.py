@@ -198,7 +198,11 @@ class Trainer:
             partial(distributed.any_process, self.accelerator),
         )
         self.collector = collector_of(
-            parts, self.objective, shelf, world=self.accelerator.num_processes
+            parts,
+            self.objective,
+            shelf,
+            world=self.accelerator.num_processes,
+            over_processes=partial(distributed.mean, self.accelerator),
         )
         self.callbacks, self._enough = tuple(callbacks), False
         self.observer = self._make_observer(view, held_out, recogniser)

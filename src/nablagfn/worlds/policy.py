@@ -15,6 +15,7 @@ from ..config import ConfigError
 from ..core import rng
 from ..core.grids import by_angle
 from ..core.schedules import AngleNoising, Levels, Noising, output_of
+from ..core.start import FirstState
 from ..core.types import Condition, Metadata
 from .features import OCTAVES, noise_octaves
 from .mixture import Posterior
@@ -92,6 +93,7 @@ class WorldPolicy:
         self._from_noise = float(world.noising.levels(ends).alpha) == 0
         self.adapter = self._field(rng.seed_of(seed, "adapter"), hint=world.dim)
         self.adapter_on = True
+        self.first = FirstState()
         self._pretrained: dict[torch.dtype, PointModel] = {}
         self.to(device)
 
@@ -156,7 +158,8 @@ class WorldPolicy:
         """Inside it the adapter is off."""
         before, self.adapter_on = self.adapter_on, False
         try:
-            yield
+            with self.first.reference():
+                yield
         finally:
             self.adapter_on = before
 
@@ -180,13 +183,13 @@ class WorldPolicy:
         return list(self.adapter.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.adapter.state_dict())
+        return {**self.adapter.state_dict(), **self.first.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.adapter.load_state_dict(dict(state))
+        self.adapter.load_state_dict(self.first.load(state))
 
     def save(self, folder: Path) -> None:
-        """adapter.safetensors: the weights of the MLP."""
+        """adapter.safetensors: the weights of the MLP, and the mean of the first state."""
         save_file(
             {name: value.contiguous() for name, value in self.state_dict().items()},
             folder / "adapter.safetensors",

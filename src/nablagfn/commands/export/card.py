@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from ...models.locate import EMBEDDED, MOVED
+from ...models.lora import FIRST_STATE
 from ...report import figures, tables
 from ...report.loading import how_to_load
 from ...report.read import Record
@@ -33,6 +34,7 @@ def write_card(
     folder: Path, record: Record, checkpoint: str, proofs: Sequence[Proof], drawn: Drawn
 ) -> None:
     """README.md, pictures.png and, where the run logged any, curves.png."""
+    moved = (folder / proofs[0].form / FIRST_STATE).is_file()
     side_by_side(drawn).save(folder / "pictures.png")
     curves = write_curves(record, folder / "curves.png")
     environment = Environment(
@@ -49,6 +51,7 @@ def write_card(
         method=figures.method(record),
         licence=licence(record.config.pretrained.model),
         on_hub=record.config.pretrained.model not in EMBEDDED and _is_hub_name(record),
+        first_state=FIRST_STATE if moved else "",
         cards=figures.cards(record) if measured(record) == checkpoint else [],
         prompts=drawn.prompts,
         proofs=proofs,
@@ -60,6 +63,7 @@ def write_card(
             "pytorch_lora_weights.safetensors",
             record.folder.times(),
             record.folder.lora_strengths(record.config),
+            f"diffusers/{FIRST_STATE}" if moved else "",
         ),
         settings=[
             s

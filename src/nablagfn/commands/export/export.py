@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ...config import Config, ConfigError
 from ...core.grids import times_of
 from ...families import Family, find_family
@@ -36,6 +38,11 @@ class Trained:
     times: Sequence[float]
     strengths: tuple[float, ...]
     drawn: Drawn
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Of the first state; None: 0."""
+        return self.policy.first.mean
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
     with policy.reference():
         before = draw(policy.pipeline, family, config, prompts, times)
     strengths = policy.lora_strengths(times)
-    after = draw(policy.pipeline, family, config, prompts, times, strengths)
+    after = draw(policy.pipeline, family, config, prompts, times, strengths, policy.first.mean)
     return Trained(policy, config, record.name, times, strengths, Drawn(prompts, before, after))
 
 
@@ -135,8 +142,17 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     form, drawn = family.export_forms[name], trained.drawn
     with quiet():
         form.write(trained.policy, trained.config, folder, trained.name)
+        trained.policy.save_first_state(folder)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
-    again = draw(fresh, family, trained.config, drawn.prompts, trained.times, trained.strengths)
+    again = draw(
+        fresh,
+        family,
+        trained.config,
+        drawn.prompts,
+        trained.times,
+        trained.strengths,
+        trained.mean,
+    )
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
     proof.check()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Generator, Tensor
 
 from ...config import Config, ConfigError
 from ...core import rng
@@ -66,11 +68,13 @@ def draw(
     prompts: Sequence[str],
     times: Sequence[float] = (),
     strengths: Sequence[float] = (),
+    mean: Tensor | None = None,
 ) -> np.ndarray:
     """One picture per prompt as the run's settings say, [B, H, W, 3] in [0, 1].
 
     times: of the run's steps, for an uneven grid. strengths: of the LoRA in each of them; none: 1
-    in all. Raises ConfigError when no scheduler of diffusers draws so.
+    in all. mean: of the first state; None: 0. Raises ConfigError when no scheduler of diffusers
+    draws so.
     """
     assert family.stock_sampler is not None
     stock, sampling = family.stock_sampler(config, times), config.sampling
@@ -87,11 +91,13 @@ def draw(
 
     if strengths:
         act(0)
+    noise = [rng.generator(0, "export", index=i) for i in range(len(prompts))]
     found: np.ndarray = pipeline(
         list(prompts),
         guidance_scale=sampling.guidance_scale,
         num_inference_steps=sampling.num_steps,
-        generator=[rng.generator(0, "export", index=i) for i in range(len(prompts))],
+        generator=noise,
+        latents=None if mean is None else begun(noise, mean),
         output_type="np",
         callback_on_step_end=ended if strengths else None,
         **stock.call,
@@ -99,6 +105,12 @@ def draw(
     if strengths:
         pipeline.set_adapters(names, 1.0)
     return found
+
+
+def begun(noise: Sequence[Generator], mean: Tensor) -> Tensor:
+    """First states [B, C, H, W], from the noise that the pipeline itself would draw."""
+    drawn = [torch.randn(mean.shape, generator=generator) for generator in noise]
+    return torch.stack(drawn).to(mean.device) + mean
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

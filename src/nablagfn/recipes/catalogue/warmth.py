@@ -15,6 +15,7 @@ def get_config() -> Config:
     config.model.lora_fade = 0.5  # most of the target is there at the first steps
     config.model.timestep_fraction = 0.25  # 2 of the 8 steps at which the LoRA acts
     config.pool.gradient = "linear"
+    config.pool.shift_start = True  # a quarter of the target is decided before the first step
     config.pool.size = 360
     config.pool.images_per_prompt = 8
     config.sampling.batch_size = 32
