@@ -298,6 +298,7 @@ EFFECTS = {
     "pool.ahead": method("reward-weighted", 0, pool__looks=2),
     "pool.directions": method("reward-weighted", 1, pool__looks=2),
     "pool.gradient": method("nabla-db-pool", "linear"),
+    "pool.shift_start": method("nabla-db-pool", True, pool__gradient="linear"),
     "pool.gradient_share": method("nabla-db-pool", 0.5),
     "pool.gradient_cap": method("nabla-db-pool", 0.01),
     "pool.own_share": method("reward-weighted", 0.5, pool__refresh=1),
