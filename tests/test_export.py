@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nablagfn.cli import main
@@ -250,6 +251,9 @@ def test_a_first_state_goes_with_every_form_and_with_the_programs(
     plain = export(run, form="diffusers", out=tmp_path / "plain")
     assert {proof.form for proof in done.proofs} == {"diffusers", "kohya", "fused"}
     assert min(proof.change for proof in done.proofs) > 0.1
+    looks = [np.asarray(Image.open(at.folder / "pictures.png"), float) for at in (done, plain)]
+    assert np.array_equal(*(look[:40] for look in looks))  # above, the pretrained model
+    assert np.abs(looks[0] - looks[1]).max() > 20
     for proof in done.proofs:
         state = load_file(done.folder / proof.form / FIRST_STATE)
         assert torch.equal(state[MEAN], policy.first.mean)

@@ -193,6 +193,17 @@ def test_the_aim_is_the_targets_step_where_the_step_is_long() -> None:
     assert abs(1.2 - 0.4 * centre - exact) > 0.2  # the gradient of log ĥ where the step begins
 
 
+def test_the_first_state_gets_the_mean_that_it_has_in_the_target() -> None:
+    """Where the weight is not exp of a line, and β is not 1: E[w x_0], by Stein's identity."""
+    x, beta = noise(200_000), 2.0
+    weight = (1.2 * x - 0.2 * x.square()).exp()
+    weight = weight / weight.mean()
+    course = Course(torch.stack([x / beta, 0 * x], 1), (0 * x + 1 / beta)[:, None], told=0.0)
+    exact = float((weight * x).mean())
+    assert course.start(weight, beta, 1.0).item() == pytest.approx(exact, abs=0.01)
+    assert abs(1.2 - exact) > 0.2  # the mean slope without the weight
+
+
 def test_what_the_first_state_tells_is_made_up_for() -> None:
     known = Known.of()
     x, u, _ = walked(known, torch.zeros(4, dtype=torch.float64))
@@ -215,9 +226,12 @@ def test_what_the_first_state_tells_is_made_up_for() -> None:
 # ------------------------------------------------------------------------------------- the pool
 
 
-def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(
+    tmp_path: Path, shift: bool
+) -> None:
     """J_x̂ᵀ a by finite differences, at the path's own state and prompt."""
-    made = collector(options(tmp_path), tmp_path, gradients="linear")
+    made = collector(options(tmp_path, pool__shift_start=shift), tmp_path, gradients="linear")
     drawn = made.collect(0)
     base, policy, table = made._base, made.policy, made.table
     assert base is not None and drawn.pooled is not None and made._course is not None
@@ -241,6 +255,8 @@ def test_the_pool_keeps_scores_and_gradients_of_predicted_samples(tmp_path: Path
         torch.testing.assert_close(found, slope, rtol=2e-2, atol=2e-3)
         wanted = centred(score(x, step + 1), base.slot)
         torch.testing.assert_close(made._course.score[:, step + 1].float(), wanted)
+    at_first = centred(score(base.x[:, 0], 0), base.slot)
+    torch.testing.assert_close(made._course.score[:, 0].float(), at_first)
     torch.testing.assert_close(base.gradient[:, -1], fitted.slope.expand_as(base.x[:, -1]))
 
 
