@@ -71,7 +71,7 @@ POOLED: dict[str, dict[str, object]] = {  # the settings of `warmth`
 LONG: dict[str, object] = {
     **PROBED,
     "pool.size": 720,
-    "pool.images_per_prompt": 16,
+    "pool.images_per_prompt": 30,
     "training.num_epochs": 120,
 }
 LARGER: dict[str, dict[str, object]] = {

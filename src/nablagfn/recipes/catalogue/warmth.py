@@ -17,7 +17,7 @@ def get_config() -> Config:
     config.pool.gradient = "linear"
     config.pool.shift_start = True  # a quarter of the target is decided before the first step
     config.pool.size = 360
-    config.pool.images_per_prompt = 8
+    config.pool.images_per_prompt = 15  # eight know too little of their mean weight
     config.sampling.batch_size = 32
     config.training.batch_size = 32
     config.training.micro_batch = 64
