@@ -73,6 +73,12 @@ def test_the_page_tells_what_was_run_and_leaves_the_rest_empty(
     ended(runs["demo", "make demo", 1].folder(out).path, gain=0.41, probes=[(60, 0.08)])
     ended(runs["long", "rank 8, attention", 0].folder(out).path, gain=0.5, probes=[(9, 0.1)])
     assert ours.done(out)
+    climbing = runs["method", "DRaFT-4", 0]  # has no prior, and so no target of its own
+    ended(climbing.folder(out).path, gain=2.0, probes=[(30, 0.3)])
+    file = climbing.folder(out).path / "evaluation.json"
+    found = json.loads(file.read_text())
+    del found["against_target"]
+    file.write_text(json.dumps(found))
     at = SimpleNamespace(
         beta=6.0, kl=Interval(0.8), diversity=Interval(0.9), recognised=Interval(0.92)
     )
@@ -84,7 +90,8 @@ def test_the_page_tells_what_was_run_and_leaves_the_rest_empty(
     study = tools.run.Study(queue.queue(), out, 6.0, 8.0, queue.LINEAR, queue.FIRST[0])
     page = tools.page.write(study, tmp_path, target).read_text(encoding="utf-8")
     lines = page.splitlines()
-    assert "from 4 of 20 runs" in page
+    assert "from 5 of 20 runs" in page
+    assert "| DRaFT-4 | 1 in 0.5 | 200% | 0.40 | – | – | 0.900 | 95.0% | 0.1 | 0.2 |" in lines
     assert [line for line in lines if line.startswith("| 1 |") and "| 41% |" in line]
     assert "| 0 | – | – | – | – | – | – | – | – |" in lines
     (row,) = [line for line in lines if line.startswith(f"| {queue.LINEAR} |")]

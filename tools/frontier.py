@@ -55,6 +55,7 @@ PROBED: dict[str, object] = {"logging.eval_freq": 20}
 ALONG_PATHS: dict[str, object] = {
     "training.num_epochs": 120,
     "pool.gradient": "carried",
+    "pool.images_per_prompt": 8,
     "pool.shift_start": False,
 }
 LINEAR, CARRIED, NOISE = "∇-DB on a pool, linear fit", "∇-DB on a pool", "reward-weighted"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from proofs_run import RECORD, safe_name
 from nablagfn.evaluation.reached import LabelShares, Reached
 from nablagfn.runs.runfolder import RunFolder
 
+AGAINST = "against_target"  # in evaluation.json, of methods that have a prior
 SHARES = (0.25, 0.5)  # of the target's gain, whose times are told
 SHOWN = "background: yellow"  # what the target changes most
 MEASURED = {"evaluation.num_prompts": 24, "evaluation.images_per_prompt": 8}
@@ -80,10 +81,18 @@ class Study:
     def rows(self, table: str) -> list[tuple[Run, Outcome | None]]:
         """The runs of one table, and what became of those that ended."""
         return [
-            (run, outcome(run, self.out) if run.done(self.out) else None)
+            (run, outcome(run, self.out, self.aim) if run.done(self.out) else None)
             for run in self.runs
             if run.table == table
         ]
+
+    @property
+    def aim(self) -> Reached | None:
+        """The target that a run with a prior was measured beside: it is that of the others, too,
+        whose pretrained pictures are the same."""
+        measured = (run.measured(self.out) or {} for run in self.runs if run.done(self.out))
+        told = (found[AGAINST] for found in measured if AGAINST in found)
+        return next((Reached.read(found) for found in told), None)
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,20 @@ class Outcome:
         return self.beside.gain_reached
 
 
-def outcome(run: Run, out: Path) -> Outcome:
+def outcome(run: Run, out: Path, aim: Reached | None) -> Outcome | None:
+    """What the run reached beside its own target, or beside `aim`; None where it has neither."""
     measured = run.measured(out)
     assert measured is not None
     before, after = measured["before"], measured["after"]
-    beside = Reached.read(measured["against_target"])
+    if AGAINST in measured:
+        beside = Reached.read(measured[AGAINST])
+    elif aim is None or aim.target_reward is None:
+        return None
+    else:
+        share = (after["reward_mean"] - before["reward_mean"]) / (
+            aim.target_reward - before["reward_mean"]
+        )
+        beside = replace(aim, gain_reached=share, least_kl=None, efficiency=None, shares={})
     assert beside.target_reward is not None
     wanted = beside.target_reward - before["reward_mean"]
     rows = run.folder(out).metrics()
