@@ -285,6 +285,9 @@ def test_the_policys_first_state_moves_where_the_fit_says(tmp_path: Path) -> Non
         scores.append((kernels.predict_clean(moved, u, k.here) * fitted.slope).flatten(1).sum(1))
     slope = (scores[1] - scores[0]) / (2 * size)
     torch.testing.assert_close(course.first.flatten(1)[:, 0], slope, rtol=2e-2, atol=2e-3)
+    made.policy.first.mean = None  # as a policy that goes back to before it had one
+    made.collect(0)
+    assert torch.equal(made.policy.first.mean, mean)
     made.log_reward = replace(made.log_reward, temper=lambda: 0.0)
     made.collect(1)
     assert float(made.policy.first.mean.abs().max()) < 1e-6 < float(mean.abs().max())
@@ -371,6 +374,7 @@ def test_a_black_box_will_do(tmp_path: Path) -> None:
         ({"pool.looks": 2}, "config.pool.looks=2 does not go with config.pool.gradient=linear"),
         ({"pool.own_share": 0.5}, "set it to 0"),
         ({"pool.gradient_share": 0.5}, "set it to 1"),
+        ({"experiment.method": "reward-weighted", "pool.shift_start": True}, "no use in"),
         (
             {"pool.gradient": "carried", "pool.shift_start": True},
             "needs config.pool.gradient=linear",

@@ -99,6 +99,10 @@ def test_it_is_part_of_a_policys_state_and_off_in_the_pretrained_model(kind: str
             pass
         assert start.mean_of(policy) is None
     assert start.mean_of(policy) is policy.first.mean
+    if kind == "latent":
+        with pytest.raises(ValueError, match="do not fit"):
+            policy.load_state_dict({**plain, start.KEY: torch.zeros(1)})
+        assert start.mean_of(policy) is policy.first.mean is not None
     policy.load_state_dict(plain)  # back to before it had one
     assert start.mean_of(policy) is None
 

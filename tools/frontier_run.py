@@ -91,8 +91,8 @@ class Study:
         """The target that a run with a prior was measured beside: it is that of the others, too,
         whose pretrained pictures are the same."""
         measured = (run.measured(self.out) or {} for run in self.runs if run.done(self.out))
-        told = (found[AGAINST] for found in measured if AGAINST in found)
-        return next((Reached.read(found) for found in told), None)
+        told = (Reached.read(found[AGAINST]) for found in measured if AGAINST in found)
+        return next((found for found in told if found.target_reward is not None), None)
 
 
 @dataclass(frozen=True)

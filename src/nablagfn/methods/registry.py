@@ -236,6 +236,7 @@ def check_source(config: Config, method: Method) -> None:
             f"config.pool.looks={s.looks} has no use in {KEY}={method.name}, which learns from no "
             "weights of paths: set config.pool.looks=0"
         )
+    check_shift(config, method)
     if source == "paths":
         return
     if s.size % s.images_per_prompt:
@@ -251,10 +252,6 @@ def check_source(config: Config, method: Method) -> None:
         )
     if s.gradient == "linear":
         check_linear(config)
-    elif s.shift_start:
-        raise ConfigError(
-            f"config.pool.shift_start=True needs config.pool.gradient=linear, not {s.gradient}"
-        )
     if config.model.unet_reg_scale and "paths" in method.sources:
         raise ConfigError(
             f"config.model.unet_reg_scale={config.model.unet_reg_scale:g} holds on to the "
@@ -265,6 +262,22 @@ def check_source(config: Config, method: Method) -> None:
         raise ConfigError(
             f"config.sampling.eta={config.sampling.eta:g} does not go with a pool, whose paths "
             "must forget their noise: set config.sampling.eta=1"
+        )
+
+
+def check_shift(config: Config, method: Method) -> None:
+    """Raises ConfigError where nothing would move the first state."""
+    if not config.pool.shift_start:
+        return
+    if method.name != "nabla-db-pool":
+        raise ConfigError(
+            f"config.pool.shift_start=True has no use in {KEY}={method.name}, which follows no "
+            "linear fit: set it to False"
+        )
+    if config.pool.gradient != "linear":
+        raise ConfigError(
+            "config.pool.shift_start=True needs config.pool.gradient=linear, not "
+            f"{config.pool.gradient}"
         )
 
 

@@ -22,7 +22,7 @@ from ..config import ConfigError, Speed
 from ..config.model import lora_strength
 from ..core import rng
 from ..core.schedules import Noising, Prediction
-from ..core.start import FirstState
+from ..core.start import KEY, FirstState
 from ..core.surrogate import wants_gradient
 from ..core.types import Condition, Metadata
 from .flow import UNetFlow
@@ -413,10 +413,12 @@ class LatentPolicy:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when the state is not this LoRA's."""
-        lora = self.first.load(state)
         mine = {name: value.shape for name, value in self.lora().items()}
-        if mine != {name: value.shape for name, value in lora.items()}:
+        if KEY in state:
+            mine[KEY] = torch.Size(self.sample_shape)
+        if mine != {name: value.shape for name, value in state.items()}:
             raise ValueError("the LoRA weights do not fit this model: other layers or another rank")
+        lora = self.first.load(state)
         set_peft_model_state_dict(self.network, lora, adapter_name=ADAPTER)
 
     def save(self, folder: Path) -> None:

@@ -161,6 +161,7 @@ class PoolCollector(Collector):
         self._course: linear.Course | None = None
         self._fitted: Judged | None = None  # of the course, for `_fitted_beta`
         self._fitted_beta = math.nan
+        self._mean: Tensor | None = None  # of the first state
         self._own: dict[int, Draw] = {}  # by epoch
         self._rows = config.training.micro_batch or config.training.batch_size
 
@@ -264,7 +265,11 @@ class PoolCollector(Collector):
             self._fitted_beta = beta
             if self.first is not None:
                 mean = course.start(weight, beta, self.table.start_std)
-                self.first.mean = self.over_processes(mean.to(self.policy.device))
+                self._mean = self.over_processes(mean.to(self.policy.device))
+                what = "the mean of the first state"  # the loss would never tell
+                require_finite(float(self._mean.sum()), what, "set config.pool.shift_start=False")
+        if self.first is not None:  # each time: a policy may have gone back to an older state
+            self.first.mean = self._mean
         return self._fitted
 
     def _taken(

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...config import Config, ConfigError
 from ...core.grids import times_of
 from ...families import Family, find_family
 from ...models.latent import LatentPolicy, quiet
+from ...models.lora import FIRST_STATE, MEAN
 from ...prompts import PromptSet
 from ...report.read import Record, read
 from ...runs.progress import Bar
@@ -38,11 +40,6 @@ class Trained:
     times: Sequence[float]
     strengths: tuple[float, ...]
     drawn: Drawn
-
-    @property
-    def mean(self) -> Tensor | None:
-        """Of the first state; None: 0."""
-        return self.policy.first.mean
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,12 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
     return Trained(policy, config, record.name, times, strengths, Drawn(prompts, before, after))
 
 
+def _mean_in(folder: Path, policy: LatentPolicy) -> Tensor | None:
+    """The mean of the first state as it was written; None: 0."""
+    file = folder / FIRST_STATE
+    return load_file(file)[MEAN].to(policy.device) if file.is_file() else None
+
+
 def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     """Write one form, load it afresh, and compare. Raises ConfigError when they differ."""
     folder.mkdir()
@@ -151,7 +154,7 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
         drawn.prompts,
         trained.times,
         trained.strengths,
-        trained.mean,
+        _mean_in(folder, trained.policy),
     )
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)
