@@ -80,8 +80,9 @@ class Study:
 
     def rows(self, table: str) -> list[tuple[Run, Outcome | None]]:
         """The runs of one table, and what became of those that ended."""
+        aim = self.aim
         return [
-            (run, outcome(run, self.out, self.aim) if run.done(self.out) else None)
+            (run, outcome(run, self.out, aim) if run.done(self.out) else None)
             for run in self.runs
             if run.table == table
         ]
@@ -131,17 +132,14 @@ def outcome(run: Run, out: Path, aim: Reached | None) -> Outcome | None:
     measured = run.measured(out)
     assert measured is not None
     before, after = measured["before"], measured["after"]
-    if AGAINST in measured:
-        beside = Reached.read(measured[AGAINST])
-    elif aim is None or aim.target_reward is None:
+    beside = Reached.read(measured[AGAINST]) if AGAINST in measured else aim
+    if beside is None:
         return None
-    else:
-        share = (after["reward_mean"] - before["reward_mean"]) / (
-            aim.target_reward - before["reward_mean"]
-        )
-        beside = replace(aim, gain_reached=share, least_kl=None, efficiency=None, shares={})
     assert beside.target_reward is not None
     wanted = beside.target_reward - before["reward_mean"]
+    if AGAINST not in measured:
+        share = (after["reward_mean"] - before["reward_mean"]) / wanted
+        beside = replace(beside, gain_reached=share, least_kl=None, efficiency=None, shares={})
     rows = run.folder(out).metrics()
     curve = [
         (row["seconds"], row["probe_gain"] / wanted, row["probe_path_kl"])

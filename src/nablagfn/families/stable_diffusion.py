@@ -160,7 +160,7 @@ def _with_lora(config: Config, folder: Path) -> Any:
 
 
 def _write_diffusers(policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:
-    policy.save(folder)
+    policy.model.save(folder, policy.lora())
 
 
 def _write_kohya(policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:

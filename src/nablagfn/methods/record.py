@@ -55,7 +55,7 @@ class Method:
     passes, so that the model cannot be sharded over them; empty where they make the same. sources:
     what `training.source` may be. sweeps: whether v̂ of all of an update's transitions is known at
     once, for `method.clip_quantile`. mirrors: whether v̂ may be taken at the mirror image of a
-    step's end, for `method.mirror`.
+    step's end, for `method.mirror`. carries: whether it aims along `pool.gradient`.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Method:
     sources: tuple[str, ...] = ("paths",)
     sweeps: Callable[[Config], bool] = never
     mirrors: Callable[[Config], bool] = never
+    carries: bool = False
 
     def objective(self, parts: Parts) -> Objective:
         """What trains by this method."""

@@ -75,6 +75,7 @@ METHODS = {
             has_prior=True,
             alive=lambda config: Alive(0, 1),
             sources=("pool",),
+            carries=True,
         ),
         Method(
             "reward-weighted",
@@ -269,7 +270,7 @@ def check_shift(config: Config, method: Method) -> None:
     """Raises ConfigError where nothing would move the first state."""
     if not config.pool.shift_start:
         return
-    if method.name != "nabla-db-pool":
+    if not method.carries:
         raise ConfigError(
             f"config.pool.shift_start=True has no use in {KEY}={method.name}, which follows no "
             "linear fit: set it to False"

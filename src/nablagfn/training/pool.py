@@ -115,6 +115,15 @@ class Shares:
         return float(self.weight.sum().square() / (len(self.weight) * self.weight.square().sum()))
 
 
+@dataclass(frozen=True)
+class CourseAt:
+    """What a course says at one β. start: the mean of the first state; None: 0."""
+
+    beta: float
+    judged: Judged
+    start: Tensor | None
+
+
 class PoolCollector(Collector):
     """Takes each epoch's paths from the pool of this process, which it fills when needed.
 
@@ -159,9 +168,7 @@ class PoolCollector(Collector):
         self._slope = torch.ones(table.num_steps)
         self._directions: Tensor | None = None
         self._course: linear.Course | None = None
-        self._fitted: Judged | None = None  # of the course, for `_fitted_beta`
-        self._fitted_beta = math.nan
-        self._mean: Tensor | None = None  # of the first state
+        self._fitted: CourseAt | None = None
         self._own: dict[int, Draw] = {}  # by epoch
         self._rows = config.training.micro_batch or config.training.batch_size
 
@@ -230,10 +237,10 @@ class PoolCollector(Collector):
         own."""
         base, of = draws[0], self.log_reward.of
         count = len(self.slots)
-        log_z = log_mean(of(base.reward.double()), base.slot, count)
+        log_w = of(base.reward.double())
+        log_z = log_mean(log_w, base.slot, count)
         if self._course:
-            weight = (of(base.reward.double()) - log_z[base.slot]).exp()
-            return self._expected(self._course, weight)
+            return self._expected(self._course, (log_w - log_z[base.slot]).exp())
         curves: list[critic.ExpectedWeight] = []
         found = []
         for draw in draws:
@@ -260,17 +267,22 @@ class PoolCollector(Collector):
         """ĥ by the linear fit and the steps along it, fitted again when β has changed; the policy's
         first state is moved with them."""
         beta = float(self.log_reward.of(torch.ones((), dtype=torch.float64)))
-        if self._fitted is None or beta != self._fitted_beta:
-            self._fitted = course.judged(weight, beta, self.table.num_steps)
-            self._fitted_beta = beta
-            if self.first is not None:
-                mean = course.start(weight, beta, self.table.start_std)
-                self._mean = self.over_processes(mean.to(self.policy.device))
-                what = "the mean of the first state"  # the loss would never tell
-                require_finite(float(self._mean.sum()), what, "set config.pool.shift_start=False")
+        if self._fitted is None or beta != self._fitted.beta:
+            judged = course.judged(weight, beta, self.table.num_steps)
+            self._fitted = CourseAt(beta, judged, self._start(course, weight, beta))
         if self.first is not None:  # each time: a policy may have gone back to an older state
-            self.first.mean = self._mean
-        return self._fitted
+            self.first.mean = self._fitted.start
+        return self._fitted.judged
+
+    def _start(self, course: linear.Course, weight: Tensor, beta: float) -> Tensor | None:
+        """The mean of the first state, the same in all processes; None where it stays 0."""
+        if self.first is None:
+            return None
+        mean = course.start(weight, beta, self.table.start_std)
+        found = self.over_processes(mean.to(self.policy.device))
+        what = "the mean of the first state"  # the loss would never tell
+        require_finite(float(found.sum()), what, "set config.pool.shift_start=False")
+        return found
 
     def _taken(
         self, draw: Draw, shares: Shares, judged: Judged | None, rows: Tensor
@@ -481,12 +493,13 @@ class PoolCollector(Collector):
         """The same, all rows at a time."""
         asked = [self.slots[i] for i in draw.slot.tolist()]
         condition = self.policy.condition(asked, self.prompts.metadata(asked))
-        first = self.table.at_step(0, draw.x[:, 0])
-        known = kernels.predict_clean(draw.x[:, 0], draw.output_ref[:, 0], first.here)
-        scores, gradients = [(known * slope).flatten(1).sum(1)], []
+        scores, gradients = [], []
+        if self.first is None:  # no gradient is asked for where no step ends
+            k = self.table.at_step(0, draw.x[:, 0])
+            known = kernels.predict_clean(draw.x[:, 0], draw.output_ref[:, 0], k.here)
+            scores.append((known * slope).flatten(1).sum(1))
         slope = slope.to(self.policy.device)
-        shifts = self.first is not None  # else no gradient is asked for where no step ends
-        for step in range(0 if shifts else 1, self.acting + 1):
+        for step in range(len(scores), self.acting + 1):
             x = draw.x[:, step].to(self.policy.device).requires_grad_()
             with torch.enable_grad(), self.policy.reference():
                 clean = self._predicted(x, step, condition)
@@ -494,9 +507,8 @@ class PoolCollector(Collector):
                 (gradient,) = torch.autograd.grad(score.sum(), x)
             scores.append(score.detach().cpu())
             gradients.append(gradient.cpu())
-        begin = gradients.pop(0) if shifts else known.new_zeros(len(known), 0)
-        score = torch.stack(scores[1:] if shifts else scores, 1)
-        return linear.Field(score, torch.stack(gradients, 1), begin)
+        first = gradients.pop(0) if self.first is not None else torch.zeros(len(draw.x), 0)
+        return linear.Field(torch.stack(scores, 1), torch.stack(gradients, 1), first)
 
     def _predicted(self, x: Tensor, step: int, condition: Condition) -> Tensor:
         """x̂(x_k), [n, ...]; of the end of a path x_N itself."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Generator, Tensor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from ...config import Config, ConfigError
 from ...core import rng
@@ -92,12 +92,16 @@ def draw(
     if strengths:
         act(0)
     noise = [rng.generator(0, "export", index=i) for i in range(len(prompts))]
+    latents = None
+    if mean is not None:  # the noise is what the pipeline itself would draw
+        shape = (len(prompts), *mean.shape)
+        latents = randn_tensor(shape, generator=noise, device=mean.device) + mean
     found: np.ndarray = pipeline(
         list(prompts),
         guidance_scale=sampling.guidance_scale,
         num_inference_steps=sampling.num_steps,
         generator=noise,
-        latents=None if mean is None else begun(noise, mean),
+        latents=latents,
         output_type="np",
         callback_on_step_end=ended if strengths else None,
         **stock.call,
@@ -105,12 +109,6 @@ def draw(
     if strengths:
         pipeline.set_adapters(names, 1.0)
     return found
-
-
-def begun(noise: Sequence[Generator], mean: Tensor) -> Tensor:
-    """First states [B, C, H, W], from the noise that the pipeline itself would draw."""
-    drawn = [torch.randn(mean.shape, generator=generator) for generator in noise]
-    return torch.stack(drawn).to(mean.device) + mean
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
