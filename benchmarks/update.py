@@ -94,9 +94,9 @@ def settings(model: str, folder: Path) -> tuple[str, Options]:
     if model != "sd15":
         return "demo", {**QUIET, "pretrained.model": model}
     from nablagfn.commands.architectures import aesthetic
-    from nablagfn.models.sd_architecture import sd15
+    from nablagfn.models.architectures import random_sd15
 
-    sd15().save_pretrained(folder / "sd15")
+    random_sd15().save_pretrained(folder / "sd15")
     reward = aesthetic()
     reward.clip.save_pretrained(folder / "clip")
     torch.save(reward.head.state_dict(), folder / "sac+logos+ava1-l14-linearMSE.pth")

@@ -14,7 +14,7 @@ from nablagfn.cli import main
 from nablagfn.commands import planner
 from nablagfn.commands.planner import Costs, Setting
 from nablagfn.config import Config, ConfigError, set_option
-from nablagfn.models import sd_architecture
+from nablagfn.models.architectures import random_sd15
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet
 from nablagfn.rewards import resolve
@@ -135,7 +135,7 @@ def test_attention_is_counted_as_kernels_keep_it_not_as_a_table() -> None:
 
 def test_stable_diffusion_by_its_published_size() -> None:
     with torch.device("meta"):
-        pipeline = sd_architecture.sd15()
+        pipeline = random_sd15()
     count = {
         name: sum(p.numel() for p in getattr(pipeline, name).parameters())
         for name in ("unet", "vae", "text_encoder")

@@ -10,7 +10,7 @@ from torch import nn
 
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.evaluation.pictures import grid
-from nablagfn.families.stable_diffusion import stock_sampler
+from nablagfn.families.stable_diffusion import STABLE_DIFFUSION
 from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.prompts import PromptSet

@@ -22,7 +22,7 @@ import torch
 
 from nablagfn import PromptSet, StableDiffusionPolicy, Trainer, load_config
 from nablagfn.commands.architectures import REWARDS
-from nablagfn.models.sd_architecture import sd15
+from nablagfn.models.architectures import random_sd15
 from nablagfn.rewards import NamedReward
 from nablagfn.runs.runfolder import RunFolder
 
@@ -53,7 +53,7 @@ def main(name: str, out: str) -> None:
     config.logging.tensorboard = False
     config.saving.output_dir = out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = sd15().to(device)
+    pipeline = random_sd15().to(device)
     reward = REWARDS[name]().to(device)
     policy = StableDiffusionPolicy(pipeline, name="sd15-random", gradient_checkpointing=True)
     built = peak_gib(device)

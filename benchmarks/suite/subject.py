@@ -21,7 +21,7 @@ from nablagfn.commands.planner import synchronise
 from nablagfn.config import Config, set_option
 from nablagfn.core.rollout import walk
 from nablagfn.core.types import Selection
-from nablagfn.models.sd_architecture import sd15
+from nablagfn.models.architectures import random_sd15
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.models.tune import tune
 from nablagfn.prompts import PromptSet
@@ -47,7 +47,7 @@ def paths(count: int) -> Options:
 def random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:
     """SD1.5 with random weights, made where they are used."""
     with torch.device(device):
-        pipeline = sd15()
+        pipeline = random_sd15()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, dtype)
 

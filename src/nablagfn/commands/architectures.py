@@ -18,7 +18,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..models.sd_architecture import CLIP_TEXT, LETTERS, clip_letters
+from ..models.clip_letters import CLIP_TEXT, LETTERS, clip_letters
 from ..rewards.aesthetic import Aesthetic, Head
 from ..rewards.clip import ClipScore
 from ..rewards.hpsv2 import VIT_H_14

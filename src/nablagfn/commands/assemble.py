@@ -17,7 +17,7 @@ from ..core.types import Metadata, Policy, Recogniser, Reward, View
 from ..evaluation import Evaluator, PictureView, draw
 from ..evaluation.extractors import Extractor, embedded, load_extractor
 from ..evaluation.resampling import Correction
-from ..families import claimed, find_family
+from ..families import check_belongs, claimed, find_family
 from ..methods.build import build_kernel
 from ..methods.registry import target_of
 from ..models.locate import critics_of
@@ -62,6 +62,7 @@ def check_names(config: Config) -> None:
             "lora_targets, so that nothing says that it has a LoRA: set it back"
         )
     family.check(config)
+    check_belongs(config, family)
 
 
 def build_prompts(config: Config) -> PromptSet:

@@ -13,13 +13,13 @@ class Pretrained(Group):
     model: str = Field(
         "runwayml/stable-diffusion-v1-5",
         min_length=1,
-        description="hub name or folder of a Stable-Diffusion-type pipeline, or tiny-animals "
-        "(shipped with nablagfn)",
+        description="hub name or folder of a pipeline of one of the families, or tiny-animals or "
+        "tiny-animals-flow (shipped with nablagfn)",
     )
     family: str = Field(
         "auto",
         min_length=1,
-        description="stable-diffusion, world, or package.module:object for your own; auto: the one "
-        "that the model belongs to",
+        description="stable-diffusion, sdxl, sd3, flux, world, or package.module:object for your "
+        "own; auto: the one that the model belongs to",
     )
     revision: str = Field("main", description="hub revision")

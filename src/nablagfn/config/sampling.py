@@ -17,6 +17,18 @@ class Sampling(Group):
     guidance_scale: float = Field(
         5.0, ge=1, description="classifier-free guidance; 1 switches it off (half the cost)"
     )
+    height: int = Field(
+        0, ge=0, description="height of the pictures in pixels; 0: the pipeline's own"
+    )
+    width: int = Field(
+        0, ge=0, description="width of the pictures in pixels; 0: the pipeline's own"
+    )
+    max_sequence_length: int = Field(
+        0,
+        ge=0,
+        description="tokens of a prompt, for models that take T5 or a language model; 0: the "
+        "pipeline's own. Fewer are cheaper",
+    )
     batch_size: int = Field(16, ge=1, description="trajectories per sampling batch and process")
     num_batches_per_epoch: int = Field(4, ge=1, description="sampling batches per epoch")
     low_var_subsampling: bool = Field(

@@ -59,6 +59,11 @@ class Levels:
     alpha: Tensor
     sigma: Tensor
 
+    @property
+    def alpha_bar(self) -> Tensor:
+        """ᾱ = α²/(α² + σ²): the share of the signal."""
+        return self.alpha.square() / (self.alpha.square() + self.sigma.square())
+
 
 class Noising(Protocol):
     """The forward process of a model. noisiest, cleanest: the times of its ends.

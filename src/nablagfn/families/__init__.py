@@ -1,7 +1,7 @@
 """The model families. A new one is one file with a `Family`, and one entry in the registry."""
 
 from .family import ExportForm, Family, Own, StockSampler
-from .registry import FAMILIES, claimed, family_of_run, find_family
+from .registry import FAMILIES, check_belongs, claimed, family_of_run, find_family
 
 __all__ = [
     "FAMILIES",
@@ -9,6 +9,7 @@ __all__ = [
     "Family",
     "Own",
     "StockSampler",
+    "check_belongs",
     "claimed",
     "family_of_run",
     "find_family",

@@ -23,12 +23,21 @@ if TYPE_CHECKING:
 class StockSampler:
     """How diffusers draws as a run does.
 
-    scheduler: the name of its class. options: of `from_config`. call: arguments of the pipeline.
+    scheduler: the name of its class. options: of `from_config`. taken: further ones, which have the
+    value of another of the pretrained scheduler's. call: arguments of the pipeline. guidance: those
+    that say how strong it is.
     """
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
+    guidance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def guidance_of(stock: StockSampler, config: Config) -> dict[str, Any]:
+    """The arguments of a pipeline's call that say how strong guidance is."""
+    return dict(stock.guidance) or {"guidance_scale": config.sampling.guidance_scale}
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,25 @@ from ..config import Config, ConfigError
 from ..config.dotted import find_object
 from ..models.locate import pipeline_class
 from .family import Family
+from .flux import FLUX
+from .sd3 import SD3
+from .sdxl import SDXL
 from .stable_diffusion import STABLE_DIFFUSION
 from .world import WORLD
 
 KEY = "config.pretrained.family"
-FAMILIES = {family.name: family for family in (STABLE_DIFFUSION, WORLD)}
+OF_PICTURES = (
+    "Inpaint",
+    "Img2Img",
+    "Image2Image",
+    "ControlNet",
+    "Control",
+    "Edit",
+    "Kontext",
+    "Fill",
+)
+OF_VIDEO = ("Wan", "Video", "LTX", "CogVideo", "Mochi", "Animate", "Allegro", "SkyReels", "Cosmos")
+FAMILIES = {family.name: family for family in (STABLE_DIFFUSION, SDXL, SD3, FLUX, WORLD)}
 
 
 def find_family(config: Config) -> Family:
@@ -25,14 +39,47 @@ def find_family(config: Config) -> Family:
     if claiming is not None:
         return claiming
     kind = pipeline_class(model, config.pretrained.revision)
-    for family in FAMILIES.values():
-        if kind in family.pipelines:
-            return family
-    known = [kind for family in FAMILIES.values() for kind in family.pipelines]
+    found = of_pipeline(kind)
+    if found is None:
+        raise ConfigError(f"config.pretrained.model={model!r} is a {kind}: {why_none(kind)}")
+    return found
+
+
+def of_pipeline(kind: str) -> Family | None:
+    """The family that a class of diffusers belongs to."""
+    return next((family for family in FAMILIES.values() if kind in family.pipelines), None)
+
+
+def check_belongs(config: Config, family: Family) -> None:
+    """Raises ConfigError for a model of another family than the one that was asked for."""
+    if not family.pipelines:
+        return
+    model = config.pretrained.model
+    kind = pipeline_class(model, config.pretrained.revision)
+    if kind in family.pipelines:
+        return
+    right = of_pipeline(kind)
+    reason = f"set {KEY}={right.name}, or auto" if right else why_none(kind)
     raise ConfigError(
-        f"config.pretrained.model={model!r} is a {kind}; supported are {', '.join(known)}, or set "
-        f"{KEY}=package.module:object for a family of your own"
+        f"config.pretrained.model={model!r} is a {kind}, which {KEY}={family.name} is not for: "
+        f"{reason}"
     )
+
+
+def why_none(kind: str) -> str:
+    """Why there is no family for a class of diffusers, and what to do."""
+    known = sorted({kind for family in FAMILIES.values() for kind in family.pipelines})
+    supported = (
+        f"supported are {', '.join(known)}, or set {KEY}=package.module:object for a family of "
+        "your own"
+    )
+    if any(word in kind for word in OF_PICTURES):
+        return f"it draws from another picture, and a prompt alone is given here; {supported}"
+    if any(word in kind for word in OF_VIDEO):
+        return (
+            f"there is no family for video models (docs/models.md says what one needs); {supported}"
+        )
+    return f"there is no family for it; {supported}"
 
 
 def claimed(name: str) -> Family | None:

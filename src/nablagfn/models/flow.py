@@ -17,8 +17,9 @@ class UNetFlow(nn.Module):
     """UNet2DConditionModel with a zero output layer (weight *and* bias), in float32.
 
     text, text_width: the tensor of a condition that it attends to, and its last size. widths:
-    channels per level, the first ones with cross-attention. hint: it sees x̂ too. Raises ConfigError
-    when the sample cannot be halved that often.
+    channels per level, the first ones with cross-attention. hint: it sees x̂ too. time_scale: brings
+    the model's times to 0..1000, for which diffusers' embedding is made. Raises ConfigError when
+    the sample cannot be halved that often.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class UNetFlow(nn.Module):
         layers: int,
         *,
         hint: bool = False,
+        time_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.text = text
+        self.text, self.time_scale = text, time_scale
         channels, height, width = sample_shape
         halvings = 2 ** (len(widths) - 1)
         if height % halvings or width % halvings:
@@ -59,4 +61,6 @@ class UNetFlow(nn.Module):
         """x, and hint if it was made for one, [M, C, H, W], time [M] -> [M, C, H, W]."""
         dtype = self.net.dtype
         seen = x if hint is None else torch.cat([x, hint], 1)
+        if self.time_scale != 1.0:
+            time = time * self.time_scale
         return self.net(seen.to(dtype), time, condition.tensors[self.text].to(dtype)).sample

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import torch
@@ -27,6 +28,7 @@ from ..core.surrogate import wants_gradient
 from ..core.types import Condition, Metadata
 from .flow import UNetFlow
 from .in_range import Border
+from .latent_model import LatentModel
 from .lora import ALL, FIRST_STATE, MEAN, endings
 from .shard import shard as shard_over_processes
 
@@ -49,64 +51,27 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def set_sampler(pipeline: Any, scheduler: str, options: Mapping[str, Any]) -> None:
-    """Give the pipeline another scheduler of diffusers, by the name of its class."""
-    kind = getattr(diffusers, scheduler)
-    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
+def set_sampler(
+    pipeline: Any, scheduler: str, options: Mapping[str, Any], taken: Mapping[str, str]
+) -> None:
+    """Give the pipeline another scheduler of diffusers, by the name of its class.
 
-
-class LatentModel(Protocol):
-    """What differs between families: a loaded pipeline, and how its parts are called.
-
-    family: its name. network: the part that is finetuned. lora_targets: endings of the names of its
-    layers, by the words of model.lora_targets. encoders: the names of the pipeline's text encoders.
-    sample_shape: [C, H, W] of a latent. text: which tensor of a condition g_φ attends to;
-    text_width: its last size.
+    taken: options that have the value of another one of its present scheduler.
     """
-
-    family: str
-    pipeline: Any
-    network: Any
-    lora_targets: Mapping[str, tuple[str, ...]]
-    encoders: tuple[str, ...]
-    sample_shape: tuple[int, ...]
-    prediction: Prediction
-    noising: Noising
-    text: str
-    text_width: int
-
-    def times(self, grid: str, num_steps: int) -> Sequence[float]:
-        """Return the model's times on a grid, as `Policy.times` does."""
-        ...
-
-    def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """What the network is given of these prompts, by name, each [len(prompts), ...]."""
-        ...
-
-    def blank(self, rows: int) -> dict[str, Tensor]:
-        """Zeros of the shapes that `encode` gives, for counting."""
-        ...
-
-    def call(
-        self, network: Callable[..., Any], x: Tensor, time: Tensor, given: Mapping[str, Tensor]
-    ) -> Tensor:
-        """u [M, C, H, W] of `network`, which is this model's or a compiled one of the same form."""
-        ...
-
-    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write a LoRA's state so that the pipeline's load_lora_weights(folder) reads it."""
-        ...
+    kind, config = getattr(diffusers, scheduler), pipeline.scheduler.config
+    copied = {name: config[other] for name, other in taken.items()}
+    pipeline.scheduler = kind.from_config(config, **options, **copied)
 
 
 class LatentPolicy:
     """A latent model with a trainable LoRA.
 
-    guidance_scale: classifier-free guidance of both the finetuned and the frozen model (>= 1).
-    lora_rank: rank and alpha. lora_targets: as the option; raises ConfigError for layers that there
-    are none of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. lora_fade: p, >=
-    0, of its strength (lora_until/ᾱ)^p there. seed: of the LoRA's gaussian initialisation. The LoRA
-    is float32 whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0:
-    all) where no gradient is taken. name: hub name or folder, for the run's records. shard: the
+    The guidance of both the finetuned and the frozen model is that of `model.asked`. lora_rank:
+    rank and alpha. lora_targets: as the option; raises ConfigError for layers that there are none
+    of. lora_until: share ᾱ of signal, in 0..1, up to which the LoRA acts. lora_fade: p, >= 0, of
+    its strength (lora_until/ᾱ)^p there. seed: of the LoRA's gaussian initialisation. The LoRA is
+    float32 whatever the dtype of the frozen weights. vae_slice: pictures decoded at a time (0: all)
+    where no gradient is taken. name: hub name or folder, for the run's records. shard: the
     network's frozen weights are spread over the processes (`models.shard`), on the device of the
     VAE.
     """
@@ -115,7 +80,6 @@ class LatentPolicy:
         self,
         model: LatentModel,
         *,
-        guidance_scale: float = 5.0,
         lora_rank: int = 8,
         lora_targets: Sequence[str] = ("attention",),
         lora_until: float = 1.0,
@@ -133,7 +97,7 @@ class LatentPolicy:
         self.network: Any = model.network
         self.network_free: Callable[..., Any] | None = None  # where no gradient is taken
         self.vae = pipeline.vae
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = model.asked.guidance_scale
         for module in (self.network, self.vae, *self._encoders()):
             module.requires_grad_(False)
             module.eval()
@@ -166,7 +130,7 @@ class LatentPolicy:
         self.prediction: Prediction = model.prediction
         self.noising: Noising = model.noising
         self._encoded: dict[str, dict[str, Tensor]] = {}  # on the CPU: prompt sets can be large
-        self._empty: Condition | None = None
+        self._empty: dict[str, Tensor] | None = None
         self._encoder_hooks: list[Any] = []
 
     def _encoders(self) -> list[nn.Module]:
@@ -217,7 +181,7 @@ class LatentPolicy:
         return torch.cat([before, self._strength_at(times)]).to(self.device)
 
     def _strength_at(self, time: Tensor) -> Tensor:
-        levels = self.noising.levels(time).alpha.square().tolist()
+        levels = self.noising.levels(time).alpha_bar.tolist()
         found = [lora_strength(level, self.lora_until, self.lora_fade) for level in levels]
         return torch.tensor(found, device=time.device)
 
@@ -228,19 +192,22 @@ class LatentPolicy:
             for name, layer in self.network.named_modules()
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
         ]
+        idle = self.model.idle_layers()
+        able = [name for name in able if name not in idle]
         if ALL in self.lora_targets:
             return able
         found = []
-        for ending in endings(self.lora_targets, self.model.lora_targets):
-            own = [name for name in able if name == ending or name.endswith(f".{ending}")]
-            if not own and ending in self.lora_targets:
+        for word in self.lora_targets:
+            ends = endings((word,), self.model.lora_targets)
+            own = [name for name in able if any(f".{name}".endswith(f".{end}") for end in ends)]
+            if not own:
                 raise ConfigError(
-                    f"config.model.lora_targets={ending}: the model has no such linear layer or "
+                    f"config.model.lora_targets={word}: the model has no such linear layer or "
                     f"convolution; take {', '.join(self.model.lora_targets)}, {ALL}, or endings of "
                     "its names, as to_v"
                 )
             found += own
-        return found
+        return list(dict.fromkeys(found))
 
     def lora_strengths(self, times: Sequence[float]) -> tuple[float, ...]:
         """How strongly the LoRA acts in each of a sampler's steps; none: with 1 in all."""
@@ -290,6 +257,14 @@ class LatentPolicy:
         for row, prompt in enumerate(prompts):
             self._encoded[prompt] = {name: value[row] for name, value in found.items()}
 
+    def _negative(self) -> dict[str, Tensor]:
+        """What the network is given beside the prompts in guidance, each [1, ...]."""
+        with torch.no_grad(), quiet():
+            found = self.model.negative(self.device)
+        for hook in self._encoder_hooks:
+            hook.offload()
+        return {name: value.to(self.device) for name, value in found.items()}
+
     def offload_text_encoder(self) -> None:
         """Keep the text encoders in the computer's memory but while they encode new prompts."""
         for name in self.model.encoders:
@@ -300,21 +275,21 @@ class LatentPolicy:
     # ---------------------------------------------------------------- the network
 
     def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """Guided u (Ho & Salimans 2022): u_∅ + w(u_c − u_∅), in x's dtype, [M, C, H, W]."""
-        if self.guidance_scale == 1.0:
+        """Guided u (`LatentModel.guide`), in x's dtype, [M, C, H, W]."""
+        if self.model.passes == 1:
             return self._output(x, time, condition.tensors)
         if self._empty is None:  # kept on the device: every evaluation needs it
-            self._empty = self.condition([""])
+            self._empty = self._negative()
         both = self._output(
             torch.cat([x, x]),
             torch.cat([time, time]),
             {
-                name: torch.cat([self._empty.tensors[name].expand_as(value), value])
+                name: torch.cat([self._empty[name].expand_as(value), value])
                 for name, value in condition.tensors.items()
             },
         )
         unconditional, conditional = both.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return self.model.guide(conditional, unconditional)
 
     def _output(self, x: Tensor, time: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         free = None if torch.is_grad_enabled() else self.network_free
@@ -352,10 +327,7 @@ class LatentPolicy:
         return self._decode(x)
 
     def _decode(self, x: Tensor) -> Tensor:
-        shift = self.vae.config.get("shift_factor")
-        latents = x / self.vae.config.scaling_factor + (shift or 0.0)
-        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (images / 2 + 0.5).to(x.dtype)
+        return (self.model.decode(x) / 2 + 0.5).to(x.dtype)
 
     def make_flow(
         self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
@@ -370,6 +342,7 @@ class LatentPolicy:
                 widths,
                 layers_per_block,
                 hint=hint,
+                time_scale=1.0 if self.noising.whole else 1000 / self.noising.noisiest,
             )
         return flow.to(self.device)
 
@@ -391,7 +364,7 @@ class LatentPolicy:
             **{f"speed.{name}": value for name, value in speed.items()},
             "pretrained.model": self.name,
             "pretrained.family": self.model.family,
-            "sampling.guidance_scale": self.guidance_scale,
+            **{f"sampling.{name}": value for name, value in asdict(self.model.asked).items()},
             "model.lora_targets": self.lora_targets,
             "model.lora_until": self.lora_until,
             "model.lora_fade": self.lora_fade,

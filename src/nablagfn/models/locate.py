@@ -9,7 +9,9 @@ from pathlib import Path
 from ..config import ConfigError
 from ..runs.hub import hub_answers
 
-EMBEDDED = {"tiny-animals": Path(__file__).parent.parent / "assets" / "tiny-animals"}
+ASSETS = Path(__file__).parent.parent / "assets"
+TINY_ANIMALS, TINY_ANIMALS_FLOW = "tiny-animals", "tiny-animals-flow"
+EMBEDDED = {name: ASSETS / name for name in (TINY_ANIMALS, TINY_ANIMALS_FLOW)}
 
 INDEX = "model_index.json"
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -33,6 +35,12 @@ def locate(name: str, revision: str = "main") -> str:
     if os.path.isdir(folder):
         class_in(folder / INDEX, name)
         return str(folder)
+    if os.path.isfile(folder):
+        raise ConfigError(
+            f"config.pretrained.model={name!r} is a single file: a pipeline is a folder with "
+            f"{INDEX} (a pipeline class's from_single_file(…).save_pretrained(FOLDER) makes one of "
+            "a checkpoint; a GGUF file holds a quantised network, which cannot be finetuned here)"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(
             f"config.pretrained.model={name!r}: no such folder, and not a hub name (owner/name)"
@@ -52,6 +60,12 @@ def pipeline_class(name: str, revision: str = "main") -> str:
 
 def class_in(index: Path, name: str) -> str:
     """The class that a model_index.json names. Raises ConfigError when there is none."""
+    part = part_in(index.parent / "config.json")
+    if not index.is_file() and part:
+        raise ConfigError(
+            f"config.pretrained.model={name!r} is a {part}, a part of a pipeline: give the folder "
+            f"of a whole one, with {INDEX}"
+        )
     if not index.is_file():
         raise ConfigError(
             f"config.pretrained.model={name!r}: no {INDEX} in it; it must be a folder written by a "
@@ -61,6 +75,14 @@ def class_in(index: Path, name: str) -> str:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"config.pretrained.model={name!r}: its {INDEX} is damaged") from None
+
+
+def part_in(config: Path) -> str:
+    """The class that a config.json of one part names (ControlNetModel and so on), or ""."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def check_hub(name: str, revision: str) -> str:
@@ -97,6 +119,8 @@ def _has_index(name: str, revision: str, *, local: bool) -> bool:
 
 
 def critics_of(name: str) -> Path | None:
-    """The folder of critics that came with a local pipeline, if it has one."""
-    folder = EMBEDDED.get(name, Path(os.path.expanduser(name))) / "critics"
+    """The folder of critics that came with a local pipeline, if it has one; the embedded models
+    draw the same things and share theirs."""
+    home = EMBEDDED[TINY_ANIMALS] if name in EMBEDDED else Path(os.path.expanduser(name))
+    folder = home / "critics"
     return folder if (folder / "classifier.safetensors").is_file() else None

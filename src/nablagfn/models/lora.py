@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the linear maps of diffusers' attention
 RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")  # of diffusers' ResnetBlock2D
 UNET = {"attention": ATTENTION, "resnets": RESNETS}  # by the words of model.lora_targets
+TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of joint attention
+MMDIT = {  # SD3's names: attention of both streams, and their feed-forward maps
+    "attention": (*ATTENTION, *TEXT_STREAM),
+    "feed-forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+}
+FLUX = {**MMDIT, "feed-forward": (*MMDIT["feed-forward"], "proj_mlp", "proj_out")}
 ALL = "all"
 FIRST_STATE, MEAN = "first_state.safetensors", "mean"  # a file, and the tensor in it
 

@@ -7,65 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from torch import Tensor
 
 from ..config import ConfigError
-from ..core.schedules import DiscreteNoising, Noising, Prediction
-from .latent import LatentPolicy, quiet
-from .locate import locate
+from ..core.schedules import DiscreteNoising
+from .latent import LatentPolicy
+from .latent_model import GRIDS, PIPELINE_GRID, LatentModel, PipelineCall, unet_lora_layers
+from .load import load_pipeline, place
 from .lora import UNET
 
 EMBEDS = "prompt_embeds"  # the tensor of a condition, [B, L, D]
 
 
-def load_pipeline(
-    model: str, revision: str = "main", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
-    """The frozen pipeline by hub name, folder or embedded name. Raises ConfigError if missing."""
-    source = locate(model, revision)
-    try:
-        with quiet():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
-                revision=revision,
-                dtype=dtype,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config.pretrained.model={model!r} cannot be loaded ({error}); complete it with "
-            f"`hf download {source}`, or give a folder written by save_pretrained"
-        ) from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+class DiscreteModel(LatentModel):
+    """A U-Net with the whole-numbered times 0..T-1 of a variance-preserving process."""
 
+    lora_targets = UNET
 
-class StableDiffusion:
-    """A loaded Stable-Diffusion-type pipeline, as a `LatentModel`."""
+    def __init__(self, pipeline: Any, call: PipelineCall | None = None) -> None:
+        super().__init__(pipeline, call)
+        self.prediction = pipeline.scheduler.config.prediction_type
+        self.noising = DiscreteNoising(pipeline.scheduler.alphas_cumprod.double().cpu())
 
-    family = "stable-diffusion"
-    lora_targets: Mapping[str, tuple[str, ...]] = UNET
-    encoders: tuple[str, ...] = ("text_encoder",)
-    text = EMBEDS
-
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
-        self.pipeline = pipeline
-        self.network = pipeline.unet
-        size = pipeline.unet.config.sample_size
-        self.sample_shape: tuple[int, ...] = (pipeline.unet.config.in_channels, size, size)
-        self.prediction: Prediction = pipeline.scheduler.config.prediction_type
-        self.noising: Noising = DiscreteNoising(pipeline.scheduler.alphas_cumprod.double().cpu())
-        self.text_width: int = pipeline.text_encoder.config.hidden_size
+    @staticmethod
+    def network_of(pipeline: Any) -> Any:
+        return pipeline.unet
 
     def times(self, grid: str, num_steps: int) -> Sequence[float]:
-        """diffusers' own timesteps for this model, kept in 1..T-1: a step at 0 adds no noise.
-
-        grid: "ddim" or "dpm-solver". Raises ConfigError for another.
-        """
+        """diffusers' own timesteps for this model, kept in 1..T-1: a step at 0 adds no noise."""
         last = int(self.noising.noisiest)
         if num_steps > last:
             raise ConfigError(
@@ -73,9 +43,9 @@ class StableDiffusion:
             )
         config = self.pipeline.scheduler.config
         offset = max(1, config.get("steps_offset", 0))
-        if grid == "ddim":
+        if grid in (GRIDS[0], PIPELINE_GRID):
             solver = DDIMScheduler.from_config(config, steps_offset=offset)
-        elif grid == "dpm-solver":
+        elif grid == GRIDS[1]:
             solver = DPMSolverMultistepScheduler.from_config(
                 config,
                 steps_offset=offset,
@@ -91,6 +61,25 @@ class StableDiffusion:
         solver.set_timesteps(num_steps)
         times: list[float] = solver.timesteps.clamp(1, int(self.noising.noisiest)).tolist()
         return times
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        self.pipeline.save_lora_weights(folder, unet_lora_layers=unet_lora_layers(state))
+
+
+class StableDiffusion(DiscreteModel):
+    """A loaded Stable-Diffusion-type pipeline."""
+
+    family = "stable-diffusion"
+    pipeline_class = StableDiffusionPipeline
+
+    def default_pixels(self) -> tuple[int, int]:
+        side = self.network.config.sample_size * self.pixels_per_latent
+        return side, side
+
+    @property
+    def text_width(self) -> int:
+        width: int = self.pipeline.text_encoder.config.hidden_size
+        return width
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(
@@ -108,19 +97,11 @@ class StableDiffusion:
         found: Tensor = network(x, time.long(), given[EMBEDS], return_dict=False)[0]
         return found
 
-    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """diffusers' own names where they exist for all layers, those of attention; else peft's:
-        it reads a mixture of both in part."""
-        layers = convert_state_dict_to_diffusers(dict(state))
-        if any(".lora_A." in name for name in layers):
-            layers = dict(state)
-        self.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
-
 
 class StableDiffusionPolicy(LatentPolicy):
     """A Stable-Diffusion-type pipeline with a trainable LoRA on its U-Net.
 
-    Options as those of `LatentPolicy`.
+    guidance_scale: w of classifier-free guidance, >= 1. Options as those of `LatentPolicy`.
     """
 
     @property
@@ -128,8 +109,17 @@ class StableDiffusionPolicy(LatentPolicy):
         """The U-Net, with its LoRA."""
         return self.network
 
-    def __init__(self, pipeline: StableDiffusionPipeline, **options: Any) -> None:
-        super().__init__(StableDiffusion(pipeline), **options)
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        *,
+        guidance_scale: float = 5.0,
+        height: int = 0,
+        width: int = 0,
+        **options: Any,
+    ) -> None:
+        call = PipelineCall(height, width, guidance_scale)
+        super().__init__(StableDiffusion(pipeline, call), **options)
 
     @classmethod
     def from_pretrained(
@@ -146,13 +136,6 @@ class StableDiffusionPolicy(LatentPolicy):
 
         device: by default this process's accelerator, or the CPU where there is none.
         """
-        pipeline = load_pipeline(model, revision, dtype)
-        if dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
-        device = device or PartialState(cpu=not torch.accelerator.is_available()).device
-        if shard:  # the U-Net goes there part by part
-            for part in (pipeline.vae, pipeline.text_encoder):
-                part.to(device)
-        else:
-            pipeline.to(device)
+        pipeline = load_pipeline(StableDiffusionPipeline, model, revision, dtype)
+        place(pipeline, StableDiffusion, dtype, device, shard)
         return cls(pipeline, name=model, shard=shard, **options)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import Config, ConfigError
 from ..families import Family, StockSampler, family_of_run
+from ..families.family import guidance_of
 from ..models.lora import MEAN
 
 
@@ -61,9 +63,16 @@ def base(family: Family, config: Config) -> list[str]:
 def set_sampler(stock: StockSampler) -> list[str]:
     """Lines that give `pipe` the sampler of the run."""
     start = f"pipe.scheduler = {stock.scheduler}.from_config(pipe.scheduler.config"
-    if not stock.options:
+    taken = [f"{name}=pipe.scheduler.config.{other}" for name, other in stock.taken.items()]
+    if not stock.options and not taken:
         return [f"{start})"]
-    return [f"{start},", f"    {arguments(stock.options)})"]
+    given = ", ".join([*([arguments(stock.options)] if stock.options else []), *taken])
+    return [f"{start},", *(f"    {line}" for line in wrapped(f"{given})"))]
+
+
+def wrapped(text: str) -> list[str]:
+    """Arguments in lines of at most 92 characters."""
+    return textwrap.wrap(text, 92, break_long_words=False, break_on_hyphens=False)
 
 
 def changing(strengths: Sequence[float]) -> list[str]:
@@ -110,6 +119,8 @@ def draw(
     """Lines that draw one picture as the run does. called_back: after each step by `ended`. moved:
     from a first state of mean `mean`."""
     sampling = config.sampling
+    guidance = guidance_of(stock, config)
+    guided = "".join(f", {key}={_number(value)}" for key, value in guidance.items())
     given = "".join(f", {key}={_number(value)}" for key, value in stock.call.items())
     if called_back:
         given += ", callback_on_step_end=ended"
@@ -117,7 +128,7 @@ def draw(
         given += ", latents=latents"
     return [
         *(["latents = torch.randn(1, *mean.shape) + mean"] if moved else []),
-        f"image = pipe({prompt!r}, guidance_scale={sampling.guidance_scale:g},",
+        f"image = pipe({prompt!r}{guided},",
         f"    num_inference_steps={sampling.num_steps}{given}).images[0]",
     ]
 

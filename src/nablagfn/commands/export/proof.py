@@ -16,6 +16,7 @@ from torch import Tensor
 from ...config import Config, ConfigError
 from ...core import rng
 from ...families import Family
+from ...families.family import guidance_of
 from ...models.latent import set_sampler
 
 GREY_LEVEL = 1 / 255  # two pictures that differ by less look alike in any file
@@ -78,7 +79,7 @@ def draw(
     """
     assert family.stock_sampler is not None
     stock, sampling = family.stock_sampler(config, times), config.sampling
-    set_sampler(pipeline, stock.scheduler, stock.options)
+    set_sampler(pipeline, stock.scheduler, stock.options, stock.taken)
 
     names = pipeline.get_active_adapters() if strengths else []
 
@@ -98,7 +99,7 @@ def draw(
         latents = randn_tensor(shape, generator=noise, device=mean.device) + mean
     found: np.ndarray = pipeline(
         list(prompts),
-        guidance_scale=sampling.guidance_scale,
+        **guidance_of(stock, config),
         num_inference_steps=sampling.num_steps,
         generator=noise,
         latents=latents,

@@ -1,0 +1,86 @@
+"""Load a pipeline of diffusers, whole, or by its configuration only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..config import ConfigError
+from .latent import LatentPolicy, quiet
+from .latent_model import LatentModel, PipelineCall
+from .locate import INDEX, locate
+
+
+def load_pipeline(
+    kind: type, model: str, revision: str = "main", dtype: torch.dtype = torch.float32
+) -> Any:
+    """The frozen pipeline by hub name, folder or embedded name. Raises ConfigError if missing."""
+    source = locate(model, revision)
+    options: dict[str, Any] = dict.fromkeys(missing_parts(source), None)
+    if "safety_checker" in kind._optional_components:  # type: ignore[attr-defined]
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        with quiet():
+            pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
+                source, revision=revision, dtype=dtype, **options
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config.pretrained.model={model!r} cannot be loaded ({error}); complete it with "
+            f"`hf download {source}`, or give a folder written by save_pretrained"
+        ) from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def missing_parts(source: str) -> list[str]:
+    """The parts that a local pipeline was saved without, which diffusers wants to be told again."""
+    index = Path(source) / INDEX
+    if not index.is_file():
+        return []
+    listed = json.loads(index.read_text(encoding="utf-8"))
+    return [name for name, value in listed.items() if value == [None, None]]
+
+
+def policy_of(
+    model: type[LatentModel],
+    name: str,
+    call: PipelineCall,
+    *,
+    revision: str = "main",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    shard: bool = False,
+    **options: Any,
+) -> LatentPolicy:
+    """The pipeline `name` of a family as a policy. Raises ConfigError if it is missing.
+
+    device: by default this process's accelerator, or the CPU where there is none. options: those of
+    `LatentPolicy`.
+    """
+    pipeline = load_pipeline(model.pipeline_class, name, revision, dtype)
+    place(pipeline, model, dtype, device, shard)
+    return LatentPolicy(model(pipeline, call), name=name, shard=shard, **options)
+
+
+def place(
+    pipeline: Any,
+    model: type[LatentModel],
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    shard: bool,
+) -> None:
+    """Move the pipeline to the device; shard: but the network, which goes there part by part."""
+    if dtype == torch.float16 or model.wide_vae:
+        pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
+    device = device or PartialState(cpu=not torch.accelerator.is_available()).device
+    if not shard:
+        pipeline.to(device)
+        return
+    for part in (pipeline.vae, *(getattr(pipeline, name) for name in model.encoders)):
+        if part is not None:
+            part.to(device)

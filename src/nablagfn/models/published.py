@@ -1,0 +1,199 @@
+"""Parts of known models by their published configurations: random weights, or none on "meta".
+
+They are for counting where a model is not on the machine; sources are in docs/models.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+from .clip_letters import CLIP_TEXT
+
+Parts = dict[str, Any]
+CLIP_L = CLIPTextConfig(**{**CLIP_TEXT.to_dict(), "projection_dim": 768})
+CLIP_BIG_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    hidden_act="gelu",
+)
+T5_XXL = T5Config(
+    d_model=4096,
+    d_ff=10240,
+    d_kv=64,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    vocab_size=32128,
+)
+
+
+def _autoencoder(channels: int, **options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=channels,
+        **options,
+    )
+
+
+def _unet_scheduler() -> DDIMScheduler:
+    with torch.device("cpu"):  # its numbers are needed
+        return DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        )
+
+
+def _flow_scheduler(**options: Any) -> FlowMatchEulerDiscreteScheduler:
+    with torch.device("cpu"):
+        return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def sd15() -> Parts:
+    return {
+        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        "vae": _autoencoder(4, sample_size=512),
+        "text_encoder": CLIPTextModel(CLIP_TEXT),
+        "scheduler": _unet_scheduler(),
+    }
+
+
+def sdxl() -> Parts:
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+    return {
+        "unet": unet,
+        "vae": _autoencoder(4, sample_size=1024, scaling_factor=0.13025),
+        "text_encoder": CLIPTextModel(CLIP_TEXT),
+        "text_encoder_2": CLIPTextModelWithProjection(CLIP_BIG_G),
+        "scheduler": _unet_scheduler(),
+    }
+
+
+def _sd3(transformer: SD3Transformer2DModel) -> Parts:
+    vae = _autoencoder(
+        16,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": CLIPTextModelWithProjection(CLIP_L),
+        "text_encoder_2": CLIPTextModelWithProjection(CLIP_BIG_G),
+        "text_encoder_3": T5EncoderModel(T5_XXL),
+        "scheduler": _flow_scheduler(shift=3.0),
+    }
+
+
+def sd3_medium() -> Parts:
+    transformer = SD3Transformer2DModel(
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=192,
+    )
+    return _sd3(transformer)
+
+
+def sd35_medium() -> Parts:
+    transformer = SD3Transformer2DModel(
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+    return _sd3(transformer)
+
+
+def sd35_large() -> Parts:
+    transformer = SD3Transformer2DModel(
+        num_layers=38,
+        num_attention_heads=38,
+        caption_projection_dim=2432,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    )
+    return _sd3(transformer)
+
+
+def flux1(guidance: bool) -> Parts:
+    vae = _autoencoder(
+        16,
+        sample_size=1024,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
+    return {
+        "transformer": FluxTransformer2DModel(guidance_embeds=guidance),
+        "vae": vae,
+        "text_encoder": CLIPTextModel(CLIP_TEXT),
+        "text_encoder_2": T5EncoderModel(T5_XXL),
+        "scheduler": _flow_scheduler(**shift),
+    }
+
+
+def flux1_dev() -> Parts:
+    return flux1(guidance=True)
+
+
+def flux1_schnell() -> Parts:
+    return flux1(guidance=False)
+
+
+PUBLISHED: dict[str, Callable[[], Parts]] = {
+    "runwayml/stable-diffusion-v1-5": sd15,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
+    "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
+    "stabilityai/stable-diffusion-3-medium-diffusers": sd3_medium,
+    "stabilityai/stable-diffusion-3.5-medium": sd35_medium,
+    "stabilityai/stable-diffusion-3.5-large": sd35_large,
+    "black-forest-labs/FLUX.1-dev": flux1_dev,
+    "black-forest-labs/FLUX.1-schnell": flux1_schnell,
+}
