@@ -17,7 +17,7 @@ from nablagfn.core.path_kl import step_kl, step_weights
 from nablagfn.core.rollout import rollout
 from nablagfn.core.samplers import Sampler
 from nablagfn.core.schedules import DiscreteNoising, LinearNoising, output_of
-from nablagfn.families.stable_diffusion import FIRST_ORDER_SDE, stock_sampler
+from nablagfn.families.stable_diffusion import FIRST_ORDER_SDE, STABLE_DIFFUSION
 from nablagfn.methods.build import build_kernel
 from nablagfn.models.stable_diffusion import StableDiffusionPolicy
 from nablagfn.worlds.world import COSINE, FLOW
@@ -173,7 +173,7 @@ def test_diffusers_draws_the_same_pictures(spacing: str, scheduler: str) -> None
     paths = rollout(policy, table, noise, policy.condition(["a cat"], ()))
     with torch.no_grad():
         own = policy.decode(paths.clean).clamp(0, 1)[0].permute(1, 2, 0).numpy()
-    stock = stock_sampler(config, table.time[:-1].tolist())
+    stock = STABLE_DIFFUSION.stock_sampler(config, table.time[:-1].tolist())
     pipeline = policy.pipeline
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, **FIRST_ORDER_SDE
@@ -200,9 +200,9 @@ def test_what_no_scheduler_can_is_said() -> None:
     }.items():
         set_option(config, key, value)
     with pytest.raises(ConfigError, match="use `nablagfn sample`"):
-        stock_sampler(config, (900.0, 100.0))
+        STABLE_DIFFUSION.stock_sampler(config, (900.0, 100.0))
     set_option(config, "sampling.eta", 1.0)
     with pytest.raises(ConfigError, match="not known here"):
-        stock_sampler(config)
-    assert stock_sampler(config, (900.0, 100.0)).call == {"timesteps": [900, 100]}
+        STABLE_DIFFUSION.stock_sampler(config)
+    assert STABLE_DIFFUSION.stock_sampler(config, (900.0, 100.0)).call == {"timesteps": [900, 100]}
     assert math.isclose(config.sampling.eta, 1.0)

@@ -82,12 +82,12 @@ WORLD = World(
 FAMILY = '''
 from dataclasses import replace
 
-from nablagfn.families.stable_diffusion import STABLE_DIFFUSION, load
+from nablagfn.families.stable_diffusion import STABLE_DIFFUSION
 
 
 def darker(config, device, shard):
     """Stable Diffusion whose pictures are half as bright."""
-    policy = load(config, device, shard)
+    policy = STABLE_DIFFUSION.load(config, device, shard)
     bright = policy._decode
     policy._decode = lambda x: bright(x) / 2
     policy.model.family = "outside_family:DARK"

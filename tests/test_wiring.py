@@ -162,4 +162,4 @@ def test_a_grid_that_ends_too_early_names_both_options() -> None:
     with pytest.raises(ConfigError, match=r"num_steps=50 with config\.sampling\.final_sigma=0\.9"):
         build_kernel(config, MixtureWorld())
     with pytest.raises(ConfigError, match=r"no scheduler of diffusers ends at"):
-        stock_sampler(config)
+        STABLE_DIFFUSION.stock_sampler(config)

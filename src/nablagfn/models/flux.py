@@ -61,6 +61,9 @@ class Flux(FlowModel):
             POOLED: torch.zeros(rows, config.pooled_projection_dim),
         }
 
+    def to_pipeline(self, x: Tensor) -> Tensor:
+        return packed(x)
+
     def call(
         self, network: Callable[..., Any], x: Tensor, time: Tensor, given: Mapping[str, Tensor]
     ) -> Tensor:

@@ -98,7 +98,7 @@ class LatentPolicy:
         self.network_free: Callable[..., Any] | None = None  # where no gradient is taken
         self.vae = pipeline.vae
         self.guidance_scale = model.asked.guidance_scale
-        for module in (self.network, self.vae, *self._encoders()):
+        for module in (self.network, self.vae, *self.encoders().values()):
             module.requires_grad_(False)
             module.eval()
         if ADAPTER in getattr(self.network, "peft_config", {}):
@@ -133,8 +133,10 @@ class LatentPolicy:
         self._empty: dict[str, Tensor] | None = None
         self._encoder_hooks: list[Any] = []
 
-    def _encoders(self) -> list[nn.Module]:
-        return [getattr(self.pipeline, name) for name in self.model.encoders]
+    def encoders(self) -> dict[str, nn.Module]:
+        """The pipeline's text encoders by name; a pipeline may be without some."""
+        found = {name: getattr(self.pipeline, name) for name in self.model.encoders}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
 
     def _add_lora(self, rank: int, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -266,10 +268,12 @@ class LatentPolicy:
         return {name: value.to(self.device) for name, value in found.items()}
 
     def offload_text_encoder(self) -> None:
-        """Keep the text encoders in the computer's memory but while they encode new prompts."""
-        for name in self.model.encoders:
-            encoder, hook = cpu_offload_with_hook(getattr(self.pipeline, name), self.device)
-            setattr(self.pipeline, name, encoder)
+        """Keep the text encoders in the computer's memory but while they encode new prompts, one after
+        the other."""
+        hook = None
+        for name, encoder in self.encoders().items():  # each gives way to the next
+            placed, hook = cpu_offload_with_hook(encoder, self.device, prev_module_hook=hook)
+            setattr(self.pipeline, name, placed)
             self._encoder_hooks.append(hook)
 
     # ---------------------------------------------------------------- the network

@@ -167,6 +167,10 @@ class LatentModel:
         images: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return images
 
+    def to_pipeline(self, x: Tensor) -> Tensor:
+        """Latents [M, C, H, W] in the form in which the pipeline takes `latents`."""
+        return x
+
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write a LoRA's state so that the pipeline's load_lora_weights(folder) reads it."""
         self.pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state))

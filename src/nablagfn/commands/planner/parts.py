@@ -91,7 +91,7 @@ def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Su
 
 def encoders_of(policy: LatentPolicy) -> list[nn.Module]:
     """The text encoders of its pipeline."""
-    return [getattr(policy.pipeline, name) for name in policy.model.encoders]
+    return list(policy.encoders().values())
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -195,7 +195,7 @@ class Subject:
         return {name: value.to(dtype) for name, value in blank.items()}
 
     def eps(self, rows: int, gradient: bool) -> Runnable:
-        policy, copies = self.policy, 1 if self.policy.guidance_scale == 1.0 else 2
+        policy, copies = self.policy, self.policy.model.passes
         x = self.x(rows).requires_grad_(gradient)
         time = torch.zeros(copies * rows, dtype=torch.long)
         given = self.given(copies * rows, policy.dtype)

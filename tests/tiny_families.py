@@ -1,0 +1,193 @@
+"""A pipeline of each family with random weights, small enough for a test: the true classes, narrow.
+
+`TINY` has one maker for each family of diffusers' pipelines, and PIXELS what they draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from tests.tiny_pipeline import make_pipeline, tokenizer
+
+WIDTH, WORDS = 16, 8
+
+
+def clip(kind: Any, width: int = WIDTH, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    words = tokenizer()
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=WORDS,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+        )
+    )
+
+
+def t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
+    torch.manual_seed(5)
+    letters = [(chr(c), -3.0) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    words = T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2
+    )
+    return T5EncoderModel(config), words
+
+
+def autoencoder(channels: int, **options: Any) -> AutoencoderKL:
+    """Pictures of twice the latents' size."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+def stable_diffusion() -> Any:
+    return make_pipeline()
+
+
+def sdxl() -> Any:
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 1),
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+        use_linear_projection=True,
+        norm_num_groups=4,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(4, scaling_factor=0.13025),
+        text_encoder=clip(CLIPTextModel),
+        text_encoder_2=clip(CLIPTextModelWithProjection, seed=7),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+    )
+
+
+def sd3() -> Any:
+    torch.manual_seed(3)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    encoder, words = t5(2 * WIDTH)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(4, scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=clip(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(CLIPTextModelWithProjection, seed=7),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=encoder,
+        tokenizer_3=words,
+    )
+    return pipeline
+
+
+def flux() -> Any:
+    torch.manual_seed(4)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    encoder, words = t5(2 * WIDTH)
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip(CLIPTextModel),
+        tokenizer=tokenizer(),
+        text_encoder_2=encoder,
+        tokenizer_2=words,
+    )
+
+
+def loaded(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Its pipeline as from_pretrained gives it: ready to draw, not to train."""
+
+    def made() -> Any:
+        pipeline = make()
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return made
+
+
+TINY: dict[str, Callable[[], Any]] = {
+    "stable-diffusion": loaded(stable_diffusion),
+    "sdxl": loaded(sdxl),
+    "sd3": loaded(sd3),
+    "flux": loaded(flux),
+}
+PIXELS = 16
+TOKENS = 12  # of T5 and the like
