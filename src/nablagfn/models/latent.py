@@ -268,8 +268,7 @@ class LatentPolicy:
         return {name: value.to(self.device) for name, value in found.items()}
 
     def offload_text_encoder(self) -> None:
-        """Keep the text encoders in the computer's memory but while they encode new prompts, one after
-        the other."""
+        """Keep the text encoders in the computer's memory but while each encodes new prompts."""
         hook = None
         for name, encoder in self.encoders().items():  # each gives way to the next
             placed, hook = cpu_offload_with_hook(encoder, self.device, prev_module_hook=hook)
