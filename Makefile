@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test parity parity-full check lint report-check proofs proofs-pictures proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
+.PHONY: demo test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=warmth
@@ -18,6 +18,10 @@ lint: $(READY)  ## style, complexity, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+conformance: $(READY)  ## every check, and every method, on every model family (10 minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
+	  -m "not proof and not parity" tests/test_conformance.py tests/test_conformance_runs.py
 
 PARITY := $(VENV)/parity
 

@@ -89,7 +89,7 @@ def bytes_of(policy: StableDiffusionPolicy) -> int:
     """Of the U-Net's frozen weights, on this process."""
     own = [
         p.to_local() if isinstance(p, DTensor) else p
-        for name, p in policy.unet.named_parameters()
+        for name, p in policy.network.named_parameters()
         if ".lora_" not in name
     ]
     return sum(p.untyped_storage().nbytes() for p in own)

@@ -1,4 +1,4 @@
-"""Assemble tiny-animals-flow: a StableDiffusion3Pipeline folder that shares parts with tiny-animals.
+"""Assemble tiny-animals-flow: a StableDiffusion3Pipeline that shares parts with tiny-animals.
 
     python export_flow.py --work WORK --out src/nablagfn/assets/tiny-animals-flow
 

@@ -82,7 +82,8 @@ class Family:
     None where memory does not matter. lora_targets: endings of the names of its layers, by the
     words of model.lora_targets. export_forms: by name. no_export: why there are none.
     stock_sampler(config, times): how diffusers draws at the times of the run's steps; raises
-    ConfigError when no scheduler does. small: whether it trains on a CPU. own: for worlds.
+    ConfigError when no scheduler does. small: whether it trains on a CPU. network: what is
+    finetuned, in a word. own: for worlds.
     """
 
     name: str
@@ -97,4 +98,5 @@ class Family:
     stock_sampler: Callable[[Config, Sequence[float]], StockSampler] | None = None
     loading_code: Callable[[Config], list[str]] | None = None
     small: Callable[[str], bool] = lambda model: False
+    network: str = "U-Net"
     own: Own | None = None

@@ -34,7 +34,8 @@ class PipelineFamily:
 
     model: "module:class" of its `LatentModel`. pipelines: diffusers' classes; the first is loaded.
     lora_targets: endings of layer names by the words of model.lora_targets. names: hub names and
-    embedded ones that are known to be of it. stock: how diffusers draws as a run does. kohya: the
+    embedded ones that are known to be of it. stock: how diffusers draws as a run does. network:
+    what is finetuned, in a word. kohya: the
     keys of kohya-ss are an export's form of their own (other programs read diffusers' keys).
     lengths: prompts may have sampling.max_sequence_length tokens. loading: further arguments of
     from_pretrained, of an embedded model, as they are printed.
@@ -46,6 +47,7 @@ class PipelineFamily:
     lora_targets: Mapping[str, tuple[str, ...]]
     stock: Stock
     names: tuple[str, ...] = ()
+    network: str = "transformer"
     kohya: bool = False
     lengths: bool = True
     loading: str = ""
@@ -80,6 +82,7 @@ class PipelineFamily:
             stock_sampler=self.stock_sampler,
             loading_code=self.loading_code,
             small=lambda model: model in EMBEDDED,
+            network=self.network,
         )
 
     def check(self, config: Config) -> None:

@@ -30,6 +30,7 @@ SDXL = PipelineFamily(
     lora_targets=UNET,
     stock=stock,
     names=("stabilityai/stable-diffusion-xl-base-1.0",),
+    network="U-Net",
     kohya=True,
     lengths=False,
 ).family()

@@ -59,6 +59,7 @@ STABLE_DIFFUSION = PipelineFamily(
     lora_targets=UNET,
     stock=unet_stock,
     names=(TINY_ANIMALS, *SD15),
+    network="U-Net",
     kohya=True,
     lengths=False,
     loading=", safety_checker=None, requires_safety_checker=False",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,6 @@ class LatentPolicy:
         self.network: Any = model.network
         self.network_free: Callable[..., Any] | None = None  # where no gradient is taken
         self.vae = pipeline.vae
-        self.guidance_scale = model.asked.guidance_scale
         for module in (self.network, self.vae, *self.encoders().values()):
             module.requires_grad_(False)
             module.eval()
@@ -132,6 +131,15 @@ class LatentPolicy:
         self._encoded: dict[str, dict[str, Tensor]] = {}  # on the CPU: prompt sets can be large
         self._empty: dict[str, Tensor] | None = None
         self._encoder_hooks: list[Any] = []
+
+    @property
+    def guidance_scale(self) -> float:
+        """w of guidance, of both the finetuned and the frozen model; 1 switches it off."""
+        return self.model.asked.guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, w: float) -> None:
+        self.model.asked = replace(self.model.asked, guidance_scale=w)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The pipeline's text encoders by name; a pipeline may be without some."""

@@ -176,6 +176,12 @@ class PoolCollector(Collector):
         """That of the policy, where it is to be moved. Raises ConfigError for one without."""
         if not self.config.pool.shift_start or self.gradients != "linear":
             return None
+        if float(self.table.schedule.alpha[0]) == 0:
+            raise ConfigError(
+                "config.pool.shift_start=True has no use in "
+                f"{self.config.pretrained.model}, whose first state is noise without any signal: "
+                "set it to False"
+            )
         first = getattr(self.policy, "first", None)
         if not isinstance(first, FirstState):
             raise ConfigError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -97,16 +98,18 @@ def draw(
     if mean is not None:  # the noise is what the pipeline itself would draw
         shape = (len(prompts), *mean.shape)
         latents = randn_tensor(shape, generator=noise, device=mean.device) + mean
-    found: np.ndarray = pipeline(
-        list(prompts),
-        **guidance_of(stock, config),
-        num_inference_steps=sampling.num_steps,
-        generator=noise,
-        latents=latents,
-        output_type="np",
-        callback_on_step_end=ended if strengths else None,
-        **stock.call,
-    ).images
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # some pipelines give their scheduler no generator
+        found: np.ndarray = pipeline(
+            list(prompts),
+            **guidance_of(stock, config),
+            num_inference_steps=sampling.num_steps,
+            generator=noise,
+            latents=latents,
+            output_type="np",
+            callback_on_step_end=ended if strengths else None,
+            **stock.call,
+        ).images
     if strengths:
         pipeline.set_adapters(names, 1.0)
     return found

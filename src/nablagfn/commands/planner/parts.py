@@ -208,16 +208,16 @@ class Subject:
 
     @contextlib.contextmanager
     def checkpointing(self, on: bool) -> Iterator[None]:
-        """Inside it the U-Net's activations are recomputed, if `on`."""
-        unet = self.policy.network
+        """Inside it the network's activations are recomputed, if `on`."""
+        network = self.policy.network
         if on:
-            unet.enable_gradient_checkpointing()
-            unet.train()
+            network.enable_gradient_checkpointing()
+            network.train()
         try:
             yield
         finally:
-            unet.disable_gradient_checkpointing()
-            unet.eval()
+            network.disable_gradient_checkpointing()
+            network.eval()
 
     def decode(self, rows: int, gradient: bool) -> Runnable:
         x = self.x(rows).requires_grad_(gradient)
@@ -259,9 +259,11 @@ def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     speed = config.speed
     words, reward = tensors_of(encoders_of(policy)), tensors_of(modules_of(subject.reward))
     return {
-        "U-Net": size_of(tensors_of([policy.network])) - theta,
+        find_family(config).network: size_of(tensors_of([policy.network])) - theta,
         "VAE": size_of(tensors_of([policy.vae])),
-        "text encoder": 0 if speed.offload_text_encoder else size_of(words),
+        "text encoders" if len(policy.encoders()) > 1 else "text encoder": 0
+        if speed.offload_text_encoder
+        else size_of(words),
         "reward": 0 if speed.offload_reward else size_of(reward),
         "LoRA and its optimizer": copies * theta,
         "flow network and its optimizer": copies * flow,
