@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ConfigError
-from ..models.locate import EMBEDDED, locate
+from ..models.locate import EMBEDDED, check_unet, locate
 from ..models.lora import FIRST_STATE
 from .family import ExportForm, Family, StockSampler
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..models.latent import LatentPolicy
     from ..models.latent_model import LatentModel
 
+UNET_WORD = "U-Net"
 Stock = Callable[[Config, Sequence[float]], StockSampler]
 
 
@@ -94,7 +95,10 @@ class PipelineFamily:
                 f"config.sampling.max_sequence_length={config.sampling.max_sequence_length}: the "
                 f"prompts of a {self.name} model all have the length of its tokenizer: set it to 0"
             )
-        locate(config.pretrained.model, config.pretrained.revision)
+        model, revision = config.pretrained.model, config.pretrained.revision
+        source = locate(model, revision)
+        if self.network == UNET_WORD:
+            check_unet(model, source, revision)
 
     # ------------------------------------------------------------ the model
 

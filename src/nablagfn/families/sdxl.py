@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..config import Config
 from ..models.lora import UNET
 from .family import StockSampler
-from .pipelines import PipelineFamily
+from .pipelines import UNET_WORD, PipelineFamily
 from .stable_diffusion import unet_stock
 
 # What DDIMScheduler takes for granted otherwise is another process than the model's own (Euler's).
@@ -30,7 +30,7 @@ SDXL = PipelineFamily(
     lora_targets=UNET,
     stock=stock,
     names=("stabilityai/stable-diffusion-xl-base-1.0",),
-    network="U-Net",
+    network=UNET_WORD,
     kohya=True,
     lengths=False,
 ).family()

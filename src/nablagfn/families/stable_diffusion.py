@@ -8,7 +8,7 @@ from ..config import Config, ConfigError
 from ..models.locate import SD15, TINY_ANIMALS
 from ..models.lora import UNET
 from .family import StockSampler
-from .pipelines import PipelineFamily
+from .pipelines import UNET_WORD, PipelineFamily
 
 FIRST_ORDER_SDE = {
     "algorithm_type": "sde-dpmsolver++",
@@ -59,7 +59,7 @@ STABLE_DIFFUSION = PipelineFamily(
     lora_targets=UNET,
     stock=unet_stock,
     names=(TINY_ANIMALS, *SD15),
-    network="U-Net",
+    network=UNET_WORD,
     kohya=True,
     lengths=False,
     loading=", safety_checker=None, requires_safety_checker=False",

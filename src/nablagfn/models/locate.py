@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError
 from ..runs.hub import hub_answers
@@ -83,6 +85,32 @@ def part_in(config: Path) -> str:
         return str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def config_of_part(source: str, part: str, revision: str = "main") -> Mapping[str, Any]:
+    """What a pipeline's part was built with, by its config.json; empty where that is not there."""
+    file = Path(source) / part / "config.json"
+    try:
+        if not os.path.isdir(source):
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(source, f"{part}/config.json", revision=revision))
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_unet(name: str, source: str, revision: str = "main") -> None:
+    """Raises ConfigError for a U-Net that is given more than the noisy latents."""
+    seen = config_of_part(source, "unet", revision).get("in_channels")
+    known = config_of_part(source, "vae", revision).get("latent_channels")
+    if seen and known and seen != known:
+        raise ConfigError(
+            f"config.pretrained.model={name!r} has a U-Net of {seen} input channels for latents of "
+            f"{known}, as those for inpainting, editing or depth have: it draws from another "
+            "picture, and only a prompt is given here; take its text-to-image model"
+        )
 
 
 def check_hub(name: str, revision: str) -> str:
