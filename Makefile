@@ -6,10 +6,13 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
+.PHONY: demo demo-flow test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=warmth
+
+demo-flow: $(READY)  ## the same on the shipped flow model, tiny-animals-flow
+	$(BIN)/nablagfn train --config=warmth_flow --exp_name=flow
 
 test: $(READY)  ## the test suite (minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -122,7 +122,7 @@ def test_named_runs_have_the_paper_s_settings(
     assert config.updates_per_epoch() == 2  # 100 epochs are 200 updates
 
 
-@pytest.mark.parametrize("name", [*RUNS, "demo", "warmth"])
+@pytest.mark.parametrize("name", [*RUNS, "demo", "warmth", "warmth_flow"])
 def test_config_files_of_the_repository_are_the_packaged_ones(name: str) -> None:
     file = Path(__file__).parent.parent / "config" / f"{name}.py"
     assert load_config(str(file)) == load_config(name)
@@ -387,7 +387,7 @@ def test_any_config_path_gives_one_line(spec: str) -> None:
 
 
 def test_packaged_names() -> None:
-    assert {*RUNS, "demo", "warmth"} <= set(packaged())
+    assert {*RUNS, "demo", "warmth", "warmth_flow"} <= set(packaged())
 
 
 # -------------------------------------------------------------------------------- prompt files

@@ -1,4 +1,4 @@
-"""The claims of the recipes `warmth` (`make demo`) and `demo`, as shipped (`make proofs-demo`)."""
+"""The claims of the recipes warmth (`make demo`), warmth_flow and demo (`make proofs-demo`)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def figures(recipe: str, seed: int, out: Path) -> dict[str, Any]:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("recipe", ["warmth", "warmth_flow"])
 def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
-    seed: int, tmp_path: Path
+    recipe: str, seed: int, tmp_path: Path
 ) -> None:
     """Seven tenths of the target's gain at two thirds of the efficiency, the target's diversity to
     5 % and what is recognised of it to three points."""
-    found = figures("warmth", seed, tmp_path)
+    found = figures(recipe, seed, tmp_path)
     after, beside = found["after"], found["against_target"]
     assert beside["gain_reached"] >= 0.7
     assert beside["efficiency"] >= 0.66

