@@ -2,8 +2,8 @@
 
     python export_flow.py --work WORK --out src/nablagfn/assets/tiny-animals-flow
 
-The autoencoder and the tokenizer are links to the neighbouring folder, and the second text encoder
-is one to the first, so that nothing stands twice in a checkout. A wheel holds copies.
+The autoencoder's weights and the tokenizer are links to the neighbouring folder, and the second
+text encoder is one to the first: nothing stands twice in a checkout. A wheel holds copies.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from train_flow import SHIPPED, build_scheduler, build_text_encoder, build_trans
 from transformers import CLIPTokenizer
 
 HALF = ("transformer/diffusion_pytorch_model", "text_encoder/model")
+VAE = "vae/diffusion_pytorch_model.safetensors"
 LINKS = {
-    "vae": f"../{SHIPPED.name}/vae",
+    VAE: f"../../{SHIPPED.name}/{VAE}",
     "tokenizer": f"../{SHIPPED.name}/tokenizer",
     "tokenizer_2": f"../{SHIPPED.name}/tokenizer",
     "text_encoder_2": "text_encoder",
@@ -34,10 +35,12 @@ def assemble(weights: Path) -> StableDiffusion3Pipeline:
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     encoder = build_text_encoder()
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(SHIPPED / "vae", dtype=torch.float32).eval()
+    vae.register_to_config(shift_factor=0.0)  # this pipeline needs a number
     return StableDiffusion3Pipeline(
         transformer=network.eval(),
         scheduler=build_scheduler(),
-        vae=AutoencoderKL.from_pretrained(SHIPPED / "vae", dtype=torch.float32).eval(),
+        vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=encoder,
@@ -56,8 +59,9 @@ def export(weights: Path, out: Path) -> None:
     for name in HALF:
         halve(partial / f"{name}.safetensors")
     for name, target in LINKS.items():
-        shutil.rmtree(partial / name)
-        (partial / name).symlink_to(target, target_is_directory=True)
+        place = partial / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        place.symlink_to(target, target_is_directory=name != VAE)
     for extra in ("README.md", "samples.png"):
         if (out / extra).exists():
             shutil.copy(out / extra, partial / extra)

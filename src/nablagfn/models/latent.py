@@ -60,7 +60,8 @@ def set_sampler(
     """
     kind, config = getattr(diffusers, scheduler), pipeline.scheduler.config
     copied = {name: config[other] for name, other in taken.items()}
-    pipeline.scheduler = kind.from_config(config, **options, **copied)
+    with quiet():  # of the present one's options that the other does not have
+        pipeline.scheduler = kind.from_config(config, **options, **copied)
 
 
 class LatentPolicy:

@@ -18,10 +18,9 @@ from .records import Finding, Patient
 
 LISTED = 50  # steps whose weights are printed one by one
 HEAVY = 0.5  # share of one step in what the path KL is made of
-EVEN_OUT = (
-    "what the LoRA learns for other steps costs most of its path KL there: "
-    "--config.sampling.spacing=logsnr weighs all steps alike"
-)
+EVEN_OUT = "what the LoRA learns for other steps costs most of its path KL there: "
+ALIKE = "--config.sampling.spacing=logsnr weighs all steps alike"
+MORE_ALIKE = "--config.sampling.spacing=angle weighs the steps more alike"
 
 
 def model(patient: Patient) -> Finding:
@@ -75,7 +74,8 @@ def steps(patient: Patient) -> Finding:
     if share > HEAVY:
         place = f"{table.time[heaviest]:.4g} to {table.time[heaviest + 1]:.4g}"
         text = f"{text}; step {heaviest} ({place}) has {share:.0%} of their sum"
-        return Finding("warning", text, EVEN_OUT)
+        silent = float(table.schedule.alpha[0]) == 0  # where the log-SNR is infinite
+        return Finding("warning", text, EVEN_OUT + (MORE_ALIKE if silent else ALIKE))
     return Finding("ok", text)
 
 
