@@ -117,6 +117,7 @@ class PipelineFamily:
             dtype=weight_dtype(config, device),
             device=device,
             shard=shard,
+            offload=config.speed.offload_text_encoder,
             gradient_checkpointing=config.training.gradient_checkpointing,
             vae_checkpointing=config.training.vae_checkpointing,
             vae_slice=config.training.vae_slice,

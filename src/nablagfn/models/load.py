@@ -55,15 +55,17 @@ def policy_of(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     shard: bool = False,
+    offload: bool = False,
     **options: Any,
 ) -> LatentPolicy:
     """The pipeline `name` of a family as a policy. Raises ConfigError if it is missing.
 
-    device: by default this process's accelerator, or the CPU where there is none. options: those of
+    device: by default this process's accelerator, or the CPU where there is none. offload: the text
+    encoders stay where they are (`LatentPolicy.offload_text_encoder`). options: those of
     `LatentPolicy`.
     """
     pipeline = load_pipeline(model.pipeline_class, name, revision, dtype)
-    place(pipeline, model, dtype, device, shard)
+    place(pipeline, model, dtype, device, shard=shard, offload=offload)
     return LatentPolicy(model(pipeline, call), name=name, shard=shard, **options)
 
 
@@ -72,15 +74,17 @@ def place(
     model: type[LatentModel],
     dtype: torch.dtype,
     device: torch.device | str | None,
-    shard: bool,
+    *,
+    shard: bool = False,
+    offload: bool = False,
 ) -> None:
-    """Move the pipeline to the device; shard: but the network, which goes there part by part."""
+    """Move the pipeline to the device; shard: but the network, which goes there part by part;
+    offload: but the text encoders, which may not fit beside it."""
     if dtype == torch.float16 or model.wide_vae:
         pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
     device = device or PartialState(cpu=not torch.accelerator.is_available()).device
-    if not shard:
-        pipeline.to(device)
-        return
-    for part in (pipeline.vae, *(getattr(pipeline, name) for name in model.encoders)):
+    encoders = [] if offload else [getattr(pipeline, name) for name in model.encoders]
+    network = [] if shard else [model.network_of(pipeline)]
+    for part in (pipeline.vae, *network, *encoders):
         if part is not None:
             part.to(device)

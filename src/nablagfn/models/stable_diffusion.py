@@ -137,5 +137,5 @@ class StableDiffusionPolicy(LatentPolicy):
         device: by default this process's accelerator, or the CPU where there is none.
         """
         pipeline = load_pipeline(StableDiffusionPipeline, model, revision, dtype)
-        place(pipeline, StableDiffusion, dtype, device, shard)
+        place(pipeline, StableDiffusion, dtype, device, shard=shard)
         return cls(pipeline, name=model, shard=shard, **options)
