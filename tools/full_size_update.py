@@ -1,28 +1,36 @@
-"""One update at full size: SD1.5 and a reward by their true architectures, random weights.
+"""One update at full size: a model and a reward by their true architectures, random weights.
 
 Prints what it took in time and memory:
 
     python tools/full_size_update.py aesthetic|hpsv2|imagereward [OUT_FOLDER]
+    python tools/full_size_update.py aesthetic --model HUB_NAME --pixels 256
 
 It answers: does the whole graph fit and run, and what does it cost? Everything is as in
-config/NAME.py except how much is drawn: one trajectory of two steps, both learnt from. The words
-are letters (no vocabulary is shipped), which changes no shape.
+config/NAME.py except how much is drawn: one trajectory of two steps, both learnt from. Stable
+Diffusion 1.5 is whole, its words are letters (no vocabulary is shipped), which changes no shape.
+Other models (docs/models.md) are without their text encoders, whose output is random numbers of
+the same shapes: a run needs them once for each prompt.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from nablagfn import PromptSet, StableDiffusionPolicy, Trainer, load_config
+from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, load_config
 from nablagfn.commands.architectures import REWARDS
-from nablagfn.models.architectures import random_sd15
+from nablagfn.families import find_family
+from nablagfn.models.architectures import assembled, random_sd15
+from nablagfn.models.latent import LatentPolicy
+from nablagfn.models.latent_model import PipelineCall
+from nablagfn.models.locate import SD15
+from nablagfn.models.published import PUBLISHED
 from nablagfn.rewards import NamedReward
 from nablagfn.runs.runfolder import RunFolder
 
@@ -38,8 +46,36 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def main(name: str, out: str) -> None:
-    torch.manual_seed(0)
+def random_policy(config: Config, device: torch.device) -> LatentPolicy:
+    """The model of `config` with random weights, without text encoders."""
+    family = find_family(config)
+    kind = family.load.__self__.latent_model  # of its PipelineFamily
+    parts = {
+        name: part
+        for name, part in PUBLISHED[config.pretrained.model]().items()
+        if not name.startswith("text_encoder")
+    }
+    with torch.device("meta"):
+        shapes = family.skeleton(config).model.blank(1)
+    policy = LatentPolicy(
+        kind(assembled(kind, parts).to(device), PipelineCall.of(config)),
+        name=f"{config.pretrained.model}, random",
+        gradient_checkpointing=True,
+        vae_checkpointing=True,
+    )
+
+    def encode(prompts, device):
+        made = torch.Generator().manual_seed(len(prompts[0]))
+        return {
+            name: torch.randn(len(prompts), *value.shape[1:], generator=made).to(device)
+            for name, value in shapes.items()
+        }
+
+    policy.model.encode = encode
+    return policy
+
+
+def settings(name: str, model: str, pixels: int, out: str) -> Config:
     config = load_config(name)
     config.training.batch_size = 1
     config.training.gradient_accumulation_steps = 1
@@ -52,10 +88,31 @@ def main(name: str, out: str) -> None:
     config.logging.sample_freq = 0
     config.logging.tensorboard = False
     config.saving.output_dir = out
+    if model not in SD15:
+        config.pretrained.model = model
+        config.sampling.height = config.sampling.width = pixels
+        config.training.vae_checkpointing = True
+    return config
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("reward", choices=("aesthetic", "hpsv2", "imagereward"))
+    p.add_argument("out", nargs="?", default="")
+    p.add_argument("--model", choices=list(PUBLISHED), default=SD15[0])
+    p.add_argument("--pixels", type=int, default=0, help="height and width (0: the model's own)")
+    args = p.parse_args()
+    name, out = args.reward, args.out or tempfile.mkdtemp()
+    torch.manual_seed(0)
+    config = settings(name, args.model, args.pixels, out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = random_sd15().to(device)
+    if args.model in SD15:
+        policy: LatentPolicy = StableDiffusionPolicy(
+            random_sd15().to(device), name="sd15-random", gradient_checkpointing=True
+        )
+    else:
+        policy = random_policy(config, device)
     reward = REWARDS[name]().to(device)
-    policy = StableDiffusionPolicy(pipeline, name="sd15-random", gradient_checkpointing=True)
     built = peak_gib(device)
     started = time.perf_counter()
     trainer = Trainer(
@@ -68,8 +125,10 @@ def main(name: str, out: str) -> None:
     trainer.fit()
     (row,) = trainer.folder.metrics()
     figures = {
+        "model": args.model,
+        "latents": list(policy.sample_shape),
         "reward": name,
-        "U-Net, millions": round(millions(pipeline.unet), 1),
+        "network, millions": round(millions(policy.network), 1),
         "reward, millions": round(millions(reward), 1),
         "device": str(device),
         "seconds": round(time.perf_counter() - started, 1),
@@ -82,4 +141,4 @@ def main(name: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
+    main()
