@@ -96,8 +96,9 @@ def stock_pictures(name: str, pipeline: Any, noise: Tensor, policy: LatentPolicy
     """What diffusers draws from this noise by its deterministic first-order scheduler."""
     config = config_of(name)
     stock = FAMILIES[name].stock_sampler(config, ())  # type: ignore[misc]
-    if policy.noising.whole:
-        set_sampler(pipeline, "DDIMScheduler", stock.options, {})
+    own = FAMILIES[name].load.__self__.deterministic  # type: ignore[attr-defined]
+    if own.scheduler:
+        set_sampler(pipeline, own.scheduler, own.options, own.taken)
     found: np.ndarray = pipeline(
         PROMPTS,
         height=PIXELS,
@@ -105,7 +106,8 @@ def stock_pictures(name: str, pipeline: Any, noise: Tensor, policy: LatentPolicy
         num_inference_steps=STEPS,
         latents=policy.model.to_pipeline(noise),
         output_type="np",
-        **guidance_of(stock, config),
+        **guidance_of(stock, config, len(PROMPTS)),
+        **own.call,
         **policy.model.asked.length,
     ).images
     return found

@@ -52,15 +52,38 @@ def quiet() -> Iterator[None]:
 
 
 def set_sampler(
-    pipeline: Any, scheduler: str, options: Mapping[str, Any], taken: Mapping[str, str]
+    pipeline: Any,
+    scheduler: str,
+    options: Mapping[str, Any],
+    taken: Mapping[str, str],
+    *,
+    counts: bool = False,
 ) -> None:
     """Give the pipeline another scheduler of diffusers, by the name of its class.
 
-    taken: options that have the value of another one of its present scheduler.
+    taken: options that have the value of another one of its present scheduler. counts: as
+    `count_steps` says.
     """
     kind, config = getattr(diffusers, scheduler), pipeline.scheduler.config
     copied = {name: config[other] for name, other in taken.items()}
     pipeline.scheduler = kind.from_config(config, **options, **copied)
+    if counts:
+        count_steps(pipeline.scheduler)
+
+
+def count_steps(scheduler: Any) -> None:
+    """Let a scheduler that sets its own steps be given their σ, of which it takes the number."""
+    begin = scheduler.set_timesteps
+
+    def begun(
+        steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] = (),
+        mu: float | None = None,
+    ) -> None:
+        begin(steps or len(sigmas), device, mu=mu)
+
+    scheduler.set_timesteps = begun
 
 
 class LatentPolicy:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -21,6 +23,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -45,6 +49,24 @@ T5_XXL = T5Config(
     num_heads=64,
     feed_forward_proj="gated-gelu",
     vocab_size=32128,
+)
+QWEN_VL_7B = Qwen2_5_VLConfig(
+    text_config={
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
+    },
+    vision_config={"hidden_size": 1280},
+    tie_word_embeddings=False,
 )
 
 
@@ -187,6 +209,17 @@ def flux1_schnell() -> Parts:
     return flux1(guidance=False)
 
 
+def qwen_image() -> Parts:
+    return {
+        "transformer": QwenImageTransformer2DModel(),
+        "vae": AutoencoderKLQwenImage(),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(QWEN_VL_7B),
+        "scheduler": _flow_scheduler(
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+        ),
+    }
+
+
 PUBLISHED: dict[str, Callable[[], Parts]] = {
     "runwayml/stable-diffusion-v1-5": sd15,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
@@ -196,4 +229,6 @@ PUBLISHED: dict[str, Callable[[], Parts]] = {
     "stabilityai/stable-diffusion-3.5-large": sd35_large,
     "black-forest-labs/FLUX.1-dev": flux1_dev,
     "black-forest-labs/FLUX.1-schnell": flux1_schnell,
+    "Qwen/Qwen-Image": qwen_image,
+    "Qwen/Qwen-Image-2512": qwen_image,
 }
