@@ -1,6 +1,6 @@
 """A pipeline of each family with random weights, small enough for a test: the true classes, narrow.
 
-`TINY` has one maker for each family of diffusers' pipelines, and PIXELS what they draw.
+`TINY` has one maker for each family of diffusers' pipelines, and `pixels` what they draw.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -250,6 +257,68 @@ def qwen_image() -> Any:
     return qwen_image_of(qwen_vl(2 * WIDTH, len(words)), words)
 
 
+def gemma(width: int) -> tuple[Gemma2Model, GemmaTokenizer]:
+    """One token a letter; others are unknown."""
+    torch.manual_seed(8)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = {word: i for i, word in enumerate([*special, "▁", *letters])}
+    words = GemmaTokenizer(vocab=vocabulary)
+    words._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    config = Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return Gemma2Model(config), words
+
+
+def sana() -> Any:
+    torch.manual_seed(9)
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=2 * WIDTH,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=0.5,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    )
+    encoder, words = gemma(2 * WIDTH)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return SanaPipeline(
+        tokenizer=words, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+
+
 def loaded(make: Callable[[], Any]) -> Callable[[], Any]:
     """Its pipeline as from_pretrained gives it: ready to draw, not to train."""
 
@@ -270,6 +339,12 @@ TINY: dict[str, Callable[[], Any]] = {
     "sd3": loaded(sd3),
     "flux": loaded(flux),
     "qwen-image": loaded(qwen_image),
+    "sana": loaded(sana),
 }
-PIXELS = 16
+SIDES = {"sana": 32}  # whose pipeline draws nothing smaller
 TOKENS = 12  # of T5 and the like
+
+
+def pixels(family: str) -> int:
+    """The side of its pictures in tests."""
+    return SIDES.get(family, 16)

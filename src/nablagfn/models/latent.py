@@ -219,11 +219,13 @@ class LatentPolicy:
         return torch.tensor(found, device=time.device)
 
     def _lora_layers(self) -> list[str]:
-        """The names of the layers that get one, all of them linear or convolutions."""
+        """The names of the layers that get one, all of them linear or convolutions of all
+        channels."""
         able = [
             name.removesuffix(".base_layer")  # an earlier policy's adapter lay around it
             for name, layer in self.network.named_modules()
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+            if getattr(layer, "groups", 1) == 1  # a channel alone has no low rank
         ]
         idle = self.model.idle_layers()
         able = [name for name in able if name not in idle]

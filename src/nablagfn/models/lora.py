@@ -17,6 +17,7 @@ QWEN_IMAGE = {
     **MMDIT,
     "feed-forward": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 }
+SANA = {"attention": ATTENTION, "feed-forward": ("ff.conv_inverted", "ff.conv_point")}
 ALL = "all"
 FIRST_STATE, MEAN = "first_state.safetensors", "mean"  # a file, and the tensor in it
 
