@@ -23,7 +23,7 @@ from nablagfn.families import FAMILIES
 from nablagfn.families.family import guidance_of
 from nablagfn.models.latent import LatentPolicy, quiet, set_sampler
 from nablagfn.models.latent_model import PIPELINE_GRID, LatentModel, PipelineCall
-from tests.tiny_families import PIXELS, TINY, TOKENS
+from tests.tiny_families import TINY, TOKENS, pixels
 
 STEPS, ROWS, W = 5, 2, 3.0
 PROMPTS = ["a cat", "big dog"]
@@ -36,8 +36,8 @@ def config_of(name: str, model: Path | str = "unused") -> Config:
     for key, value in {
         "pretrained.model": str(model),
         "pretrained.family": name,
-        "sampling.height": PIXELS,
-        "sampling.width": PIXELS,
+        "sampling.height": pixels(name),
+        "sampling.width": pixels(name),
         "sampling.guidance_scale": W,
         "sampling.num_steps": STEPS,
         "model.lora_rank": 2,
@@ -96,16 +96,18 @@ def stock_pictures(name: str, pipeline: Any, noise: Tensor, policy: LatentPolicy
     """What diffusers draws from this noise by its deterministic first-order scheduler."""
     config = config_of(name)
     stock = FAMILIES[name].stock_sampler(config, ())  # type: ignore[misc]
-    if policy.noising.whole:
-        set_sampler(pipeline, "DDIMScheduler", stock.options, {})
+    own = FAMILIES[name].load.__self__.deterministic  # type: ignore[attr-defined]
+    if own.scheduler:
+        set_sampler(pipeline, own.scheduler, own.options, own.taken)
     found: np.ndarray = pipeline(
         PROMPTS,
-        height=PIXELS,
-        width=PIXELS,
+        height=pixels(name),
+        width=pixels(name),
         num_inference_steps=STEPS,
         latents=policy.model.to_pipeline(noise),
         output_type="np",
-        **guidance_of(stock, config),
+        **guidance_of(stock, config, len(PROMPTS)),
+        **own.call,
         **policy.model.asked.length,
     ).images
     return found
@@ -214,9 +216,9 @@ def test_its_last_step_is_no_larger_than_the_others(name: str) -> None:
 def test_a_picture_s_size_must_come_out(name: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.sampling\.height=17: .* multiples of"):
         policy_of(name, call={"height": 17})
-    policy = policy_of(name, call={"height": 2 * PIXELS})
+    policy = policy_of(name, call={"height": 2 * pixels(name)})
     where = policy.condition(PROMPTS)
     x = rng.normal(policy.sample_shape, range(2), seed=0, purpose="test")
     time = torch.tensor([policy.times("ddim", 4)[1]] * 2, dtype=torch.float32)
     assert policy.output(x, time, where).shape == x.shape
-    assert policy.decode(x).shape[-2:] == (2 * PIXELS, PIXELS)
+    assert policy.decode(x).shape[-2:] == (2 * pixels(name), pixels(name))

@@ -22,7 +22,7 @@ from nablagfn.report.loading import how_to_load
 from nablagfn.runs.runfolder import RunFolder
 from tests.running import LEARNED, weights
 from tests.test_conformance import FAMILY_NAMES, LENGTHS, STEPS, latent_model
-from tests.tiny_families import PIXELS, TINY, TOKENS
+from tests.tiny_families import TINY, TOKENS, pixels
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_run"),
@@ -49,8 +49,8 @@ def options(family: str, model: Path, out: Path, **more: object) -> list[str]:
         "pretrained.model": model,
         "experiment.reward_fn": "brightness",
         "sampling.num_steps": STEPS,
-        "sampling.height": PIXELS,
-        "sampling.width": PIXELS,
+        "sampling.height": pixels(family),
+        "sampling.width": pixels(family),
         "sampling.max_sequence_length": TOKENS if LENGTHS[family] else 0,
         "sampling.guidance_scale": 3,
         "sampling.batch_size": 2,
@@ -116,7 +116,7 @@ def test_the_printed_program_draws_with_the_lora(family: str, run: RunFolder) ->
         with quiet():
             exec(program, names)
         drawn.append(np.asarray(names["image"], dtype=float))
-    assert drawn[0].shape == (PIXELS, PIXELS, 3)
+    assert drawn[0].shape == (pixels(family), pixels(family), 3)
     assert drawn[0].std() > 1 and np.abs(drawn[0] - drawn[1]).max() > 1
 
 
@@ -131,7 +131,7 @@ def test_it_is_counted_without_weights(family: str, saved: Path) -> None:
         given = policy.model.blank(4)
         x, time = torch.zeros(4, *policy.sample_shape), torch.zeros(4)
         found = policy.model.call(policy.network, x, time, given)
-        assert policy.decode(x).shape == (4, 3, PIXELS, PIXELS)
+        assert policy.decode(x).shape == (4, 3, pixels(family), pixels(family))
     assert found.is_meta and found.shape == x.shape
     whole = latent_model(family)(TINY[family]())
     count = sum(p.numel() for p in policy.network.parameters() if not p.requires_grad)

@@ -1,29 +1,44 @@
 """A pipeline of each family with random weights, small enough for a test: the true classes, narrow.
 
-`TINY` has one maker for each family of diffusers' pipelines, and PIXELS what they draw.
+`TINY` has one maker for each family of diffusers' pipelines, and `pixels` what they draw.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -169,6 +184,141 @@ def flux() -> Any:
     )
 
 
+def qwen_words() -> Qwen2Tokenizer:
+    """One token a byte, but one a word of the pipeline's template, as the true one has it: its
+    beginning, which is left out, has 34."""
+    blank = qwen_image_of(None, None)
+    pieces = re.findall(r"<\|\w+\|>| \w+|\w{2,}|[,:\n]", blank.prompt_template_encode)
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Qwen2Tokenizer(vocab=letters, padding_side="right")
+    words.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(pieces)])
+    return words
+
+
+def qwen_vl(width: int, words: int) -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(6)
+    small = {"intermediate_size": 2 * width, "num_attention_heads": 2}
+    text = {
+        **small,
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [width // 8, width // 16, width // 16],
+        },
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": width,
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_image_of(encoder: Any, words: Any) -> QwenImagePipeline:
+    torch.manual_seed(4)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+    )
+    return QwenImagePipeline(
+        scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=words, transformer=transformer
+    )
+
+
+def qwen_image() -> Any:
+    words = qwen_words()
+    return qwen_image_of(qwen_vl(2 * WIDTH, len(words)), words)
+
+
+def gemma(width: int) -> tuple[Gemma2Model, GemmaTokenizer]:
+    """One token a letter; others are unknown."""
+    torch.manual_seed(8)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = {word: i for i, word in enumerate([*special, "▁", *letters])}
+    words = GemmaTokenizer(vocab=vocabulary)
+    words._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    config = Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return Gemma2Model(config), words
+
+
+def sana() -> Any:
+    torch.manual_seed(9)
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=2 * WIDTH,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=0.5,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    )
+    encoder, words = gemma(2 * WIDTH)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return SanaPipeline(
+        tokenizer=words, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+
+
 def loaded(make: Callable[[], Any]) -> Callable[[], Any]:
     """Its pipeline as from_pretrained gives it: ready to draw, not to train."""
 
@@ -188,6 +338,13 @@ TINY: dict[str, Callable[[], Any]] = {
     "sdxl": loaded(sdxl),
     "sd3": loaded(sd3),
     "flux": loaded(flux),
+    "qwen-image": loaded(qwen_image),
+    "sana": loaded(sana),
 }
-PIXELS = 16
+SIDES = {"sana": 32}  # whose pipeline draws nothing smaller
 TOKENS = 12  # of T5 and the like
+
+
+def pixels(family: str) -> int:
+    """The side of its pictures in tests."""
+    return SIDES.get(family, 16)

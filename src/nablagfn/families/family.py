@@ -25,7 +25,8 @@ class StockSampler:
 
     scheduler: the name of its class. options: of `from_config`. taken: further ones, which have the
     value of another of the pretrained scheduler's. call: arguments of the pipeline. guidance: those
-    that say how strong it is.
+    that say how strong it is. counts: the pipeline gives its scheduler the σ of all steps, of which
+    this class takes the number and μ (`models.latent.count_steps`).
     """
 
     scheduler: str
@@ -33,11 +34,20 @@ class StockSampler:
     taken: Mapping[str, str] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     guidance: Mapping[str, Any] = field(default_factory=dict)
+    counts: bool = False
 
 
-def guidance_of(stock: StockSampler, config: Config) -> dict[str, Any]:
-    """The arguments of a pipeline's call that say how strong guidance is."""
-    return dict(stock.guidance) or {"guidance_scale": config.sampling.guidance_scale}
+def guidance_of(stock: StockSampler, config: Config, rows: int = 1) -> dict[str, Any]:
+    """The arguments of a pipeline's call that say how strong guidance is.
+
+    rows: prompts of the call; some pipelines want a text beside each.
+    """
+    found = dict(stock.guidance) or {"guidance_scale": config.sampling.guidance_scale}
+    if rows == 1:
+        return found
+    return {
+        key: [value] * rows if isinstance(value, str) else value for key, value in found.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..models.latent_model import LatentModel
 
 UNET_WORD = "U-Net"
+AS_IT_IS = StockSampler("")  # the pipeline's own scheduler
 Stock = Callable[[Config, Sequence[float]], StockSampler]
 
 
@@ -35,9 +36,11 @@ class PipelineFamily:
 
     model: "module:class" of its `LatentModel`. pipelines: diffusers' classes; the first is loaded.
     lora_targets: endings of layer names by the words of model.lora_targets. names: hub names and
-    embedded ones that are known to be of it. stock: how diffusers draws as a run does. network:
-    what is finetuned, in a word. kohya: the
-    keys of kohya-ss are an export's form of their own (other programs read diffusers' keys).
+    embedded ones that are known to be of it. stock: how diffusers draws as a run does.
+    deterministic: how it draws with η = 0 on the pipeline's own grid; by its own scheduler where no
+    other is named. network: what is finetuned, in a word. kohya: the keys of kohya-ss are an
+    export's form of their own (other programs read diffusers' keys). recomputes_vae: its decoder
+    can recompute its activations.
     lengths: prompts may have sampling.max_sequence_length tokens. loading: further arguments of
     from_pretrained, of an embedded model, as they are printed.
     """
@@ -47,10 +50,12 @@ class PipelineFamily:
     pipelines: tuple[str, ...]
     lora_targets: Mapping[str, tuple[str, ...]]
     stock: Stock
+    deterministic: StockSampler = AS_IT_IS
     names: tuple[str, ...] = ()
     network: str = "transformer"
     kohya: bool = False
     lengths: bool = True
+    recomputes_vae: bool = True
     loading: str = ""
 
     @property
@@ -94,6 +99,12 @@ class PipelineFamily:
             raise ConfigError(
                 f"config.sampling.max_sequence_length={config.sampling.max_sequence_length}: the "
                 f"prompts of a {self.name} model all have the length of its tokenizer: set it to 0"
+            )
+        if config.training.vae_checkpointing and not self.recomputes_vae:
+            raise ConfigError(
+                "config.training.vae_checkpointing=True: the autoencoder of a "
+                f"{self.name} model has none: set it to False, and training.vae_slice=1 saves "
+                "memory"
             )
         model, revision = config.pretrained.model, config.pretrained.revision
         source = locate(model, revision)
@@ -184,7 +195,8 @@ class PipelineFamily:
         return pipeline
 
     def write_fused(self, policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:
-        """The whole pipeline, the LoRA added to its weights, with the run's sampler."""
+        """The whole pipeline, the LoRA added to its weights, with the run's sampler, or with its
+        own where the pipeline does not take that one as it is."""
         from ..core.grids import times_of
         from ..models.latent import set_sampler
 
@@ -194,7 +206,8 @@ class PipelineFamily:
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         stock = self.stock_sampler(config, times_of(config.sampling, policy))
-        set_sampler(pipeline, stock.scheduler, stock.options, stock.taken)
+        if not stock.counts:
+            set_sampler(pipeline, stock.scheduler, stock.options, stock.taken)
         pipeline.save_pretrained(folder)
 
     def load_fused(self, config: Config, folder: Path) -> Any:

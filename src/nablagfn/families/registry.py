@@ -7,6 +7,8 @@ from ..config.dotted import find_object
 from ..models.locate import pipeline_class
 from .family import Family
 from .flux import FLUX
+from .qwen_image import QWEN_IMAGE
+from .sana import SANA
 from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import STABLE_DIFFUSION
@@ -24,7 +26,9 @@ OF_PICTURES = (
     "Fill",
 )
 OF_VIDEO = ("Wan", "Video", "LTX", "CogVideo", "Mochi", "Animate", "Allegro", "SkyReels", "Cosmos")
-FAMILIES = {family.name: family for family in (STABLE_DIFFUSION, SDXL, SD3, FLUX, WORLD)}
+FAMILIES = {
+    family.name: family for family in (STABLE_DIFFUSION, SDXL, SD3, FLUX, QWEN_IMAGE, SANA, WORLD)
+}
 
 
 def find_family(config: Config) -> Family:

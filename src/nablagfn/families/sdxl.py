@@ -29,6 +29,7 @@ SDXL = PipelineFamily(
     pipelines=("StableDiffusionXLPipeline",),
     lora_targets=UNET,
     stock=stock,
+    deterministic=StockSampler("DDIMScheduler", AS_TRAINED),
     names=("stabilityai/stable-diffusion-xl-base-1.0",),
     network=UNET_WORD,
     kohya=True,

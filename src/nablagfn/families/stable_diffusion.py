@@ -58,6 +58,7 @@ STABLE_DIFFUSION = PipelineFamily(
     pipelines=("StableDiffusionPipeline",),
     lora_targets=UNET,
     stock=unet_stock,
+    deterministic=StockSampler("DDIMScheduler"),
     names=(TINY_ANIMALS, *SD15),
     network=UNET_WORD,
     kohya=True,

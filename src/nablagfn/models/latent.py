@@ -52,16 +52,39 @@ def quiet() -> Iterator[None]:
 
 
 def set_sampler(
-    pipeline: Any, scheduler: str, options: Mapping[str, Any], taken: Mapping[str, str]
+    pipeline: Any,
+    scheduler: str,
+    options: Mapping[str, Any],
+    taken: Mapping[str, str],
+    *,
+    counts: bool = False,
 ) -> None:
     """Give the pipeline another scheduler of diffusers, by the name of its class.
 
-    taken: options that have the value of another one of its present scheduler.
+    taken: options that have the value of another one of its present scheduler. counts: as
+    `count_steps` says.
     """
     kind, config = getattr(diffusers, scheduler), pipeline.scheduler.config
     copied = {name: config[other] for name, other in taken.items()}
     with quiet():  # of the present one's options that the other does not have
         pipeline.scheduler = kind.from_config(config, **options, **copied)
+    if counts:
+        count_steps(pipeline.scheduler)
+
+
+def count_steps(scheduler: Any) -> None:
+    """Let a scheduler that sets its own steps be given their σ, of which it takes the number."""
+    begin = scheduler.set_timesteps
+
+    def begun(
+        steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] = (),
+        mu: float | None = None,
+    ) -> None:
+        begin(steps or len(sigmas), device, mu=mu)
+
+    scheduler.set_timesteps = begun
 
 
 class LatentPolicy:
@@ -197,11 +220,13 @@ class LatentPolicy:
         return torch.tensor(found, device=time.device)
 
     def _lora_layers(self) -> list[str]:
-        """The names of the layers that get one, all of them linear or convolutions."""
+        """The names of the layers that get one, all of them linear or convolutions of all
+        channels."""
         able = [
             name.removesuffix(".base_layer")  # an earlier policy's adapter lay around it
             for name, layer in self.network.named_modules()
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+            if getattr(layer, "groups", 1) == 1  # a channel alone has no low rank
         ]
         idle = self.model.idle_layers()
         able = [name for name in able if name not in idle]

@@ -13,6 +13,11 @@ MMDIT = {  # SD3's names: attention of both streams, and their feed-forward maps
     "feed-forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 }
 FLUX = {**MMDIT, "feed-forward": (*MMDIT["feed-forward"], "proj_mlp", "proj_out")}
+QWEN_IMAGE = {
+    **MMDIT,
+    "feed-forward": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+}
+SANA = {"attention": ATTENTION, "feed-forward": ("ff.conv_inverted", "ff.conv_point")}
 ALL = "all"
 FIRST_STATE, MEAN = "first_state.safetensors", "mean"  # a file, and the tensor in it
 

@@ -6,14 +6,20 @@ They are for counting where a model is not on the machine; sources are in docs/m
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -21,6 +27,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -45,6 +55,24 @@ T5_XXL = T5Config(
     num_heads=64,
     feed_forward_proj="gated-gelu",
     vocab_size=32128,
+)
+QWEN_VL_7B = Qwen2_5_VLConfig(
+    text_config={
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
+    },
+    vision_config={"hidden_size": 1280},
+    tie_word_embeddings=False,
 )
 
 
@@ -187,6 +215,50 @@ def flux1_schnell() -> Parts:
     return flux1(guidance=False)
 
 
+def qwen_image() -> Parts:
+    return {
+        "transformer": QwenImageTransformer2DModel(),
+        "vae": AutoencoderKLQwenImage(),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(QWEN_VL_7B),
+        "scheduler": _flow_scheduler(
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+        ),
+    }
+
+
+SANA_OWNER = "Efficient-Large-Model"
+SANA_600M = {
+    "num_attention_heads": 36,
+    "num_layers": 28,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+ACROSS_HEADS = "rms_norm_across_heads"  # SANA-1.5's norm of queries and keys
+
+
+def sana(pixels: int, **options: Any) -> Parts:
+    """options: what differs from Sana-1.6B."""
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    vae = AutoencoderDC(
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    with torch.device("cpu"):
+        scheduler = DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    return {
+        "transformer": SanaTransformer2DModel(sample_size=pixels // 32, **options),
+        "vae": vae,
+        "text_encoder": Gemma2Model(Gemma2Config()),  # its defaults are those of Gemma-2-2B
+        "scheduler": scheduler,
+    }
+
+
 PUBLISHED: dict[str, Callable[[], Parts]] = {
     "runwayml/stable-diffusion-v1-5": sd15,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
@@ -196,4 +268,15 @@ PUBLISHED: dict[str, Callable[[], Parts]] = {
     "stabilityai/stable-diffusion-3.5-large": sd35_large,
     "black-forest-labs/FLUX.1-dev": flux1_dev,
     "black-forest-labs/FLUX.1-schnell": flux1_schnell,
+    "Qwen/Qwen-Image": qwen_image,
+    "Qwen/Qwen-Image-2512": qwen_image,
+    f"{SANA_OWNER}/Sana_600M_512px_diffusers": partial(sana, 512, **SANA_600M),
+    f"{SANA_OWNER}/Sana_600M_1024px_diffusers": partial(sana, 1024, **SANA_600M),
+    f"{SANA_OWNER}/Sana_1600M_512px_diffusers": partial(sana, 512),
+    f"{SANA_OWNER}/Sana_1600M_1024px_diffusers": partial(sana, 1024),
+    f"{SANA_OWNER}/Sana_1600M_1024px_BF16_diffusers": partial(sana, 1024),
+    f"{SANA_OWNER}/SANA1.5_1.6B_1024px_diffusers": partial(sana, 1024, qk_norm=ACROSS_HEADS),
+    f"{SANA_OWNER}/SANA1.5_4.8B_1024px_diffusers": partial(
+        sana, 1024, qk_norm=ACROSS_HEADS, num_layers=60
+    ),
 }

@@ -64,10 +64,20 @@ def set_sampler(stock: StockSampler) -> list[str]:
     """Lines that give `pipe` the sampler of the run."""
     start = f"pipe.scheduler = {stock.scheduler}.from_config(pipe.scheduler.config"
     taken = [f"{name}=pipe.scheduler.config.{other}" for name, other in stock.taken.items()]
+    after = counting() if stock.counts else []
     if not stock.options and not taken:
-        return [f"{start})"]
+        return [f"{start})", *after]
     given = ", ".join([*([arguments(stock.options)] if stock.options else []), *taken])
-    return [f"{start},", *(f"    {line}" for line in wrapped(f"{given})"))]
+    return [f"{start},", *(f"    {line}" for line in wrapped(f"{given})")), *after]
+
+
+def counting() -> list[str]:
+    """Lines that let the scheduler be given σ, as `models.latent.count_steps`."""
+    return [
+        "begin = pipe.scheduler.set_timesteps  # the pipeline also gives σ, and this takes none",
+        "pipe.scheduler.set_timesteps = lambda steps=None, device=None, sigmas=(), mu=None: begin(",
+        "    steps or len(sigmas), device, mu=mu)",
+    ]
 
 
 def wrapped(text: str) -> list[str]:

@@ -80,7 +80,7 @@ def draw(
     """
     assert family.stock_sampler is not None
     stock, sampling = family.stock_sampler(config, times), config.sampling
-    set_sampler(pipeline, stock.scheduler, stock.options, stock.taken)
+    set_sampler(pipeline, stock.scheduler, stock.options, stock.taken, counts=stock.counts)
 
     names = pipeline.get_active_adapters() if strengths else []
 
@@ -102,7 +102,7 @@ def draw(
         torch.manual_seed(0)  # some pipelines give their scheduler no generator
         found: np.ndarray = pipeline(
             list(prompts),
-            **guidance_of(stock, config),
+            **guidance_of(stock, config, len(prompts)),
             num_inference_steps=sampling.num_steps,
             generator=noise,
             latents=latents,
