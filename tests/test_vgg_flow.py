@@ -488,7 +488,7 @@ def test_a_run_comes_to_its_own_optimum(tmp_path: Path) -> None:
     (found,) = (tmp_path / "run").glob("**/evaluation.json")
     figures = json.loads(found.read_text())
     before, after = figures["before"]["others"], figures["after"]["others"]
-    print(before, after, Optimum(FLOW.cleanest).reward())
+
     best = Optimum(FLOW.cleanest).reward()
     assert after["reward"] == pytest.approx(best, abs=0.1 * (best - before["reward"]))
     assert after["reward"] > after["reward_target"]
