@@ -465,7 +465,7 @@ def test_the_optimum_in_closed_form_is_that_of_its_ode() -> None:
 
 def test_a_run_comes_to_its_own_optimum(tmp_path: Path) -> None:
     """150 updates through the command line: E[r] of the ODE's optimum, above the target's, which
-    is known, too. Seeds 0, 1, 2: see docs/log.md."""
+    is known, too. Seeds 0, 1, 2 reached 2.418 2.413 2.412 of 2.507; the target has 1.514."""
     file = tmp_path / "bowl.py"
     file.write_text(WORLD_FILE)
     options = {
