@@ -93,7 +93,7 @@ class Case:
 
 
 CASES = [
-    *(Case(method) for method in METHODS),
+    *(Case(name, "ring-flow" if method.ode else "ring") for name, method in METHODS.items()),
     Case("nabla-db", options=(("model.no_flow", True),)),
     Case("nabla-db-lambda", options=(("method.window", 2), ("method.return_lambda", 0.5))),
     Case("nabla-db-lambda", options=(("method.return_lambda", 1.0),)),
@@ -102,9 +102,10 @@ CASES = [
 
 
 @cache
-def view_of(world: str, num_steps: int) -> WorldView:
+def view_of(world: str, method: str, num_steps: int) -> WorldView:
     """One for all runs, which share its target and its floors."""
     config = Config()
+    config.experiment.method = method
     config.sampling.num_steps = num_steps
     policy = WorldPolicy(load(world))
     return WorldView(policy.world, build_kernel(config, policy), count=BASE)
@@ -125,7 +126,7 @@ def run_in_world(case: Case, output: Path) -> RunFolder:
         NamedReward(world.name, WorldReward(world)),
         PromptSet(world.prompts),
         config,
-        view=view_of(case.world, config.sampling.num_steps),
+        view=view_of(case.world, case.method, config.sampling.num_steps),
         show_progress=False,
     )
     assert trainer.fit().updates == 2

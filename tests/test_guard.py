@@ -133,7 +133,7 @@ LOWERED = 0.25
 
 def losses_of(method: str, out: Path, scale: float, factor: float) -> dict[str, Tensor]:
     """Every loss term of one update's transitions, with β = scale·factor."""
-    config = load_config("worlds/prompts")
+    config = load_config("worlds/ring-flow" if METHODS[method].ode else "worlds/prompts")
     for key, value in {
         "experiment.method": method,
         "method.window": 0,

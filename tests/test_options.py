@@ -197,6 +197,14 @@ def method(name: str, value: object, **base: object) -> Effect:
     return world(value, experiment__method=name, **base)
 
 
+def flow(name: str, value: object) -> Effect:
+    """Of a method that needs a flow model."""
+    places = dict.fromkeys(
+        ("pretrained__model", "experiment__reward_fn", "experiment__prompt_fn"), "worlds/ring-flow"
+    )
+    return method(name, value, **places)
+
+
 def trainer(value: object, look: Callable[[Any], object]) -> Effect:
     return Effect(value, partial(of_trainer, look))
 
@@ -283,6 +291,8 @@ EFFECTS = {
     "method.guess_model": world("finetuned", training__num_inner_epochs=2),
     "method.mirror": world(True, method__window=0, method__return_lambda=0.0),
     "method.clip_quantile": method("adjoint-matching", 0.5),
+    "method.vgg_boundary": flow("vgg-flow", 1.0),
+    "method.vgg_difference": flow("vgg-flow", 0.2),
     "method.draft_steps": method("draft-k", 1),
     "method.draft_lv_samples": method("draft-lv", 3),
     "method.refl_share": method("refl", 1.0),

@@ -43,7 +43,7 @@ from nablagfn.prompts import PromptSet
 from nablagfn.training.trainer import Trainer
 from tests.tables import discrete_table, table_of
 from tests.tiny_pipeline import make_pipeline
-from tests.worlds import MixtureWorld, PromptedWorld, randomise, sd_alphas_cumprod, tilt
+from tests.worlds import FlowWorld, MixtureWorld, PromptedWorld, randomise, sd_alphas_cumprod, tilt
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -75,14 +75,18 @@ class Problem:
 
 @pytest.fixture
 def problem() -> Problem:
-    world = PromptedWorld(hidden=8)
+    return problem_of(PromptedWorld(hidden=8))
+
+
+def problem_of(world: MixtureWorld, eta: float = 1.0) -> Problem:
+    """eta = 0: paths without noise, which no pool has."""
     randomise(world.parameters(), 0.3)
-    table = table_of(world, N)
+    table = table_of(world, N, eta=eta)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(len(PROMPTS), N + 1, 2, generator=generator, dtype=torch.float64)
     drawn = rollout(world, table, noise, world.condition(PROMPTS))
     reward = tilt(drawn.clean, PROMPTS, [{}] * len(PROMPTS))
-    pooled = pooled_of(world, table, drawn, reward)
+    pooled = None if table.ode else pooled_of(world, table, drawn, reward)
     return Problem(
         world, table, noise, Trajectories(drawn.x, drawn.output, drawn.condition, reward, pooled)
     )
@@ -636,18 +640,24 @@ class Kind:
         self.name = name
         self.reward, self.beta = (tilt, 2.0) if name == "world" else (lengths, 1e3)
 
-    def policy(self) -> Policy:
+    def policy(self, method: str) -> Policy:
         if self.name == "world":
-            return PromptedWorld(hidden=8)
+            return FlowWorld(hidden=8) if METHODS[method].ode else PromptedWorld(hidden=8)
         return StableDiffusionPolicy(make_pipeline(), lora_rank=2, guidance_scale=1.0)
 
     def trainer(self, config: Config, reward: Reward | None = None) -> Trainer:
         prompts = PromptSet(("a cat", "a duck", "ants"))
-        return Trainer(self.policy(), reward or self.reward, prompts, config, show_progress=False)
+        policy = self.policy(config.experiment.method)
+        return Trainer(policy, reward or self.reward, prompts, config, show_progress=False)
 
 
 KINDS = [Kind("world"), Kind("pipeline")]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+EVERYWHERE = [  # the pipeline is no flow model
+    pytest.param(method, kind, id=f"{method}-{kind.name}")
+    for method in METHODS
+    for kind in KINDS
+    if kind.name == "world" or not METHODS[method].ode
+]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -657,8 +667,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in parts.items()}
 
 
-@every_kind
-@every_method
+@pytest.mark.parametrize(("method", "kind"), EVERYWHERE)
 def test_two_updates_are_one_and_one(method: str, kind: Kind, tmp_path: Path) -> None:
     beta = {"model.reward_scale": kind.beta}
     whole = kind.trainer(method_config(method, tmp_path / "whole", **beta))
@@ -680,6 +689,8 @@ def test_two_updates_are_one_and_one(method: str, kind: Kind, tmp_path: Path) ->
 @every_method
 def test_every_row_is_scored_with_its_own_prompt(method: str, problem: Problem) -> None:
     """Paths in another order, transitions in another order: the same loss for each."""
+    if METHODS[method].ode:
+        problem = problem_of(FlowWorld(hidden=8), eta=0)
     config = method_config(method, Path())
     prompts = PromptSet(tuple(sorted(set(PROMPTS))))
     objective = build_objective(Parts(config, problem.world, tilt, prompts, problem.table))
@@ -730,6 +741,9 @@ def test_only_methods_that_say_so_need_the_gradient_of_the_reward(
         ("model.reward_adaptive_mode", "sqrt", "dag-db"),
         ("model.timestep_fraction", 1.0, "dag-db"),
         ("model.timestep_fraction", 1.0, "ddpo"),
+        ("model.reward_adaptive_mode", "sqrt", "vgg-flow"),
+        ("model.timestep_fraction", 1.0, "vgg-flow"),
+        ("model.unet_reg_scale", 1.0, "vgg-flow"),
     ],
 )
 def test_the_settings_of_a_method_reach_it(
@@ -796,6 +810,8 @@ COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n,
     ("draft-lv", ""): lambda n, k, c: (2 * c, c),
     ("ddpo", ""): lambda n, k, c: (2 * n, 0),
     ("dag-db", ""): lambda n, k, c: (4 * n - 1, 2 * n - 1),
+    ("vgg-flow", ""): lambda n, k, c: (6 * n, 2 * n),
+    ("vgg-flow", "model.no_flow=1"): lambda n, k, c: (3 * n, n),
 }
 
 
@@ -821,7 +837,10 @@ def test_costs_are_those_of_the_documents(method: str, option: str, tmp_path: Pa
     assert found == COSTS[method, option](7, 4, 3)
 
 
-@pytest.mark.parametrize("method", ["refl", "draft-k", "draft-lv", "alignprop", "ddpo", "dag-db"])
+RIVALS = ("refl", "draft-k", "draft-lv", "alignprop", "ddpo", "dag-db", "vgg-flow")
+
+
+@pytest.mark.parametrize("method", RIVALS)
 def test_what_a_rival_logs_is_explained(method: str, tmp_path: Path) -> None:
     trainer = KINDS[0].trainer(method_config(method, tmp_path, **{"training.num_epochs": 1}))
     trainer.fit()

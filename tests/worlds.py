@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nablagfn.core.schedules import DiscreteNoising, Prediction
+from nablagfn.core.grids import trailing
+from nablagfn.core.schedules import DiscreteNoising, LinearNoising, Noising, Prediction
 from nablagfn.core.start import FirstState
 from nablagfn.core.types import Condition, Metadata
 
@@ -77,7 +78,7 @@ class MixtureWorld:
 
     def __init__(self, hidden: int = 16, seed: int = 0) -> None:
         self.alphas_cumprod = sd_alphas_cumprod()
-        self.noising = DiscreteNoising(self.alphas_cumprod)
+        self.noising: Noising = DiscreteNoising(self.alphas_cumprod)
         self.means = torch.tensor(MEANS, dtype=torch.float64)
         self.weights = torch.tensor(WEIGHTS, dtype=torch.float64)
         self.adapter = _mlp(hidden, seed)
@@ -113,7 +114,7 @@ class MixtureWorld:
 
     # ---------------------------------------------------------------- Policy
 
-    def times(self, grid: str, num_steps: int) -> list[int]:
+    def times(self, grid: str, num_steps: int) -> Sequence[float]:
         ratio = len(self.alphas_cumprod) // num_steps
         return [1 + ratio * k for k in reversed(range(num_steps))]
 
@@ -184,3 +185,48 @@ class PromptedWorld(MixtureWorld):
     def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         lengths = torch.tensor([float(len(p)) for p in condition.prompts], dtype=x.dtype)
         return super().output(x, time, condition) + 0.05 * lengths[:, None]
+
+
+class VelocityFlow(PlaneFlow):
+    """g_φ of the plane at the times of a flow model."""
+
+    def forward(
+        self, x: Tensor, time: Tensor, condition: Condition, hint: Tensor | None = None
+    ) -> Tensor:
+        inputs = _inputs(x, linear_level(time)[1])
+        return self.net(inputs if hint is None else torch.cat([inputs, hint], 1))
+
+
+def linear_level(time: Tensor) -> tuple[Tensor, Tensor]:
+    """√(α² + σ²) and ᾱ of α = 1 − t, σ = t, each [M, 1] float64."""
+    t = time.double()[:, None]
+    scale = ((1 - t).square() + t.square()).sqrt()
+    return scale, ((1 - t) / scale).square()
+
+
+class FlowWorld(PromptedWorld):
+    """The same mixture as a flow model: α = 1 − t, σ = t, and its velocity as output."""
+
+    prediction: Prediction = "flow"
+
+    def __init__(self, hidden: int = 16, seed: int = 0) -> None:
+        super().__init__(hidden, seed)
+        self.noising = LinearNoising(cleanest=0.03, noisiest=0.97)
+
+    def times(self, grid: str, num_steps: int) -> list[float]:
+        return trailing(self.noising, num_steps)
+
+    def output(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        assert len(x) == len(time) == len(condition)
+        (scale, level), t = linear_level(time), time.double()[:, None]
+        eps = self.exact_eps(x.double() / scale, level)
+        if self.adapter_on:
+            eps = eps + (1 - level).sqrt() * self.adapter(_inputs(x, level))
+        lengths = torch.tensor([float(len(p)) for p in condition.prompts], dtype=torch.float64)
+        eps = eps + 0.05 * lengths[:, None]
+        return (eps - (x.double() - t * eps) / (1 - t)).to(x.dtype)
+
+    def make_flow(
+        self, widths: Sequence[int], layers_per_block: int, seed: int, *, hint: bool = False
+    ) -> nn.Module:
+        return VelocityFlow(self.alphas_cumprod, 16, seed, hint=2 if hint else 0)

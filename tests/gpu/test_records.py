@@ -44,7 +44,7 @@ def check(record: Any, device: torch.device, dtype: torch.dtype) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISION)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, known in METHODS.items() if not known.ode])
 def test_every_record(method: str, precision: str, device: torch.device, tmp_path: Path) -> None:
     trainer = trainer_on(device, method, tmp_path, **{"training.mixed_precision": precision})
     dtype, seen = PRECISION[precision], []

@@ -110,6 +110,8 @@ def plain_lines(before: Measurement, after: Measurement) -> list[str]:
     ]
     if before.recognised is not None and after.recognised is not None:
         lines.append(f"recognised  {before.recognised:8.1%} -> {after.recognised:8.1%}")
+    if after.transport_cost is not None:
+        lines.append(f"transport cost {after.transport_cost:.3f}: the paths have no noise, no KL")
     return lines
 
 

@@ -68,6 +68,18 @@ class MethodSettings(Group):
         "to it; 1: any length. For paths that cross between modes, with gradients a hundred times "
         "as long as others",
     )
+    vgg_boundary: float = Field(
+        1e4,
+        ge=0,
+        description="vgg-flow: weight of the boundary loss ‖g_φ(x_N)‖² beside the consistency loss",
+    )
+    vgg_difference: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="vgg-flow: h of the finite differences in the consistency loss, in the time of "
+        "the flow and, for a shift of x, as its root mean square. Larger for networks in bfloat16",
+    )
     draft_steps: int = Field(
         10, ge=1, description="draft-k: K, the last steps that the reward's gradient passes"
     )

@@ -96,6 +96,11 @@ class KernelTable:
         return len(self.std)
 
     @property
+    def ode(self) -> bool:
+        """Whether no step adds noise (η = 0), so that no step has a density."""
+        return not bool(self.std.any())
+
+    @property
     def time(self) -> Tensor:
         """[N+1] float64, the model's time of x_0 … x_N."""
         return self.schedule.time

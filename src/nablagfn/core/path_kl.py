@@ -83,8 +83,11 @@ def path_ratio(
 ) -> PathRatio:
     """Of paths drawn by the policy as it is, or of_reference: by the pretrained model.
 
-    Costs N evaluations of the other of the two a path.
+    Costs N evaluations of the other of the two a path. Raises ValueError for a sampler without
+    noise, whose paths have no density (`core.transport`).
     """
+    if table.ode:
+        raise ValueError("paths without noise (eta = 0) have no density, and so no path KL")
     kl, ratios, kept = [], [], []
     first = start.mean_of(policy)
     with torch.no_grad(), nullcontext() if of_reference else policy.reference():

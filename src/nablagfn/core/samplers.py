@@ -44,7 +44,10 @@ def find_sampler(name: str) -> Sampler:
 
 
 def eta_of(sampling: Sampling) -> float:
-    """η of the run. Raises ConfigError when sampling.eta is set for a sampler that has its own."""
+    """η of the run's sampler. Raises ConfigError when sampling.eta is set for one that has its own.
+
+    A method may draw without noise instead (`methods.registry.eta_of_run`).
+    """
     sampler = find_sampler(sampling.scheduler)
     if sampler.eta is None:
         return sampling.eta

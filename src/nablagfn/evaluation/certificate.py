@@ -141,11 +141,12 @@ def certificate(
 
 
 def spent(model: Measured, base: Measured, groups: PromptRows) -> dict[str, Figure]:
-    """What holds without a target: the KL that was spent, and the least for as much reward."""
-    reward, reward_base, kl = model.scores["reward"], base.scores["reward"], model.scores["path_kl"]
+    """What holds without a target: the KL that was spent, and the least for as much reward; the
+    latter alone for paths without noise."""
+    reward, reward_base = model.scores["reward"], base.scores["reward"]
 
     def path_kl(counts: Tensor | None) -> Tensor:
-        return tilting.plain_mean(kl, groups, counts)
+        return tilting.plain_mean(model.scores["path_kl"], groups, counts)
 
     def least(counts: Tensor | None) -> Tensor:
         reached = tilting.plain_mean(reward, groups, counts)
@@ -156,6 +157,8 @@ def spent(model: Measured, base: Measured, groups: PromptRows) -> dict[str, Figu
         nothing = torch.nan if counts is None else 0.0  # a resample without a gain
         return torch.where(gained, least(counts) / path_kl(counts), nothing)
 
+    if "path_kl" not in model.scores:
+        return {"least_kl": least}
     return {"path_kl": path_kl, "least_kl": least, "efficiency": efficiency}
 
 
@@ -235,10 +238,13 @@ def limits(figures: Mapping[str, Interval], groups: PromptRows, enough: bool) ->
 
 def limits_of_the_frontier(figures: Mapping[str, Interval], groups: PromptRows) -> list[str]:
     """What so few samples cannot say of the best sampler for the same reward, in words."""
-    most, found = tilting.most_kl(groups), []
+    most = tilting.most_kl(groups)
+    found: list[str] = []
     if most <= 0:
         return [f"{groups.fewest} samples of a prompt show no target: more --images-per-prompt"]
-    efficiency, least = figures["efficiency"], figures["least_kl"]
+    efficiency, least = figures.get("efficiency"), figures["least_kl"]
+    if efficiency is None:  # without a path KL
+        return found
     if efficiency.value > 1 or (efficiency.low is not None and efficiency.low <= 0):
         found.append(
             "so few samples do not tell the efficiency: it is 1 at the most, and 0 without a gain"

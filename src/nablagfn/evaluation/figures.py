@@ -26,8 +26,9 @@ class Measured:
     """What is known of one model's n samples, the pictures themselves left out.
 
     features: [n, D]. scores: [n] float64 each, NaN where unknown: reward, reward_NAME for held-out
-    rewards, recognised (0 or 1), path_kl, log_ratio, and log_ratio_base if somebody
-    asked. others: figures of `View.measures`. step_kl: [n, N], what path_kl is the sum of.
+    rewards, recognised (0 or 1), path_kl and log_ratio (transport_cost instead of both
+    where paths have no noise), and log_ratio_base if somebody asked. others: figures of
+    `View.measures`. step_kl: [n, N], what path_kl is the sum of.
     """
 
     prompts: tuple[str, ...]
@@ -71,10 +72,13 @@ def scores_of(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "path_kl": [sample.path_kl for sample in samples],
         "log_ratio": [sample.log_ratio for sample in samples],
         "log_ratio_base": [sample.log_ratio_base for sample in samples],
+        "transport_cost": [sample.transport_cost for sample in samples],
     }
-    if all(map(math.isnan, columns["log_ratio_base"])):
-        del columns["log_ratio_base"]
-    return {name: torch.tensor(v, dtype=torch.float64) for name, v in columns.items()}
+    unknown = {n for n in ("log_ratio_base", "transport_cost") if all(map(math.isnan, columns[n]))}
+    if "transport_cost" not in unknown:
+        unknown |= {"path_kl", "log_ratio"}
+    kept = {name: values for name, values in columns.items() if name not in unknown}
+    return {name: torch.tensor(v, dtype=torch.float64) for name, v in kept.items()}
 
 
 # -------------------------------------------------------------------------------- one number each
@@ -85,7 +89,8 @@ class Measurement:
     """Figures of one set of samples.
 
     diversity: mean feature distance within prompts, in [0, 2] for pictures. others: those of
-    `View.measures`. path_kl: KL(p_θ‖p_#) of the paths, in nats. held_out: mean held-out rewards.
+    `View.measures`. path_kl: KL(p_θ‖p_#) of the paths, in nats; None where they have no noise, and
+    then transport_cost is known (`core.transport`). held_out: mean held-out rewards.
     """
 
     num_samples: int
@@ -94,18 +99,20 @@ class Measurement:
     diversity: float
     recognised: float | None
     others: dict[str, float] = field(default_factory=dict)
-    path_kl: float = 0.0
+    path_kl: float | None = 0.0
     held_out: dict[str, float] = field(default_factory=dict)
+    transport_cost: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def headline(self) -> dict[str, float]:
         """The figures worth a curve; recognised where it is known."""
+        spent = {"path_kl": self.path_kl, "transport_cost": self.transport_cost}
         figures = {
             "reward": self.reward_mean,
             "diversity": self.diversity,
-            "path_kl": self.path_kl,
+            **{name: value for name, value in spent.items() if value is not None},
             **{f"reward_{name}": value for name, value in self.held_out.items()},
             **self.others,
         }
@@ -127,7 +134,8 @@ def summary_of(found: Measured) -> Measurement:
         diversity=float(diversity.pairwise_distance(found.features, found.prompts)),
         recognised=None if math.isnan(mean["recognised"]) else mean["recognised"],
         others=found.others,
-        path_kl=mean["path_kl"],
+        path_kl=mean.get("path_kl"),
+        transport_cost=mean.get("transport_cost"),
         held_out={
             name.removeprefix("reward_"): value
             for name, value in mean.items()
@@ -222,13 +230,13 @@ def _known_mean(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _scores(measured: Measured, base: Measured | None) -> dict[str, Tensor]:
-    """Those that mean something: none that no sample has, and no path KL of the base model."""
+    """Those that mean something: none that no sample has, and nothing spent by the base model."""
     return {
         name: values
         for name, values in measured.scores.items()
         if not name.startswith("log_ratio")
         and bool(values.isfinite().any())
-        and not (base is None and name == "path_kl")
+        and not (base is None and name in ("path_kl", "transport_cost"))
     }
 
 

@@ -59,15 +59,24 @@ def _row(sample: Sample, trained: str) -> dict[str, Any]:
         "prompt": sample.prompt,
         "rewards": {trained: sample.reward, **sample.held_out},
         "recognised": sample.recognised,
-        "path_kl": sample.path_kl,
-        "log_ratio": sample.log_ratio,
-        "log_ratio_base": None if math.isnan(sample.log_ratio_base) else sample.log_ratio_base,
+        "path_kl": _number(sample.path_kl),
+        "log_ratio": _number(sample.log_ratio),
+        "log_ratio_base": _number(sample.log_ratio_base),
+        "transport_cost": _number(sample.transport_cost),
     }
 
 
+def _number(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
+
+
 def _asked(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns that not all models have."""
-    return [name for name in ("log_ratio_base",) if rows and rows[0].get(name) is not None]
+    """The columns that not all models have: those of paths without noise are others."""
+    if rows and rows[0].get("transport_cost") is not None:
+        return ["transport_cost"]
+    told = [name for name in ("log_ratio_base",) if rows and rows[0].get(name) is not None]
+    return ["path_kl", "log_ratio", *told]
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -97,7 +106,7 @@ def read_samples(folder: Path, settings: dict[str, Any]) -> Measured | None:
             },
             **{
                 name: [math.nan if row[name] is None else row[name] for row in rows]
-                for name in ("recognised", "path_kl", "log_ratio", *_asked(rows))
+                for name in ("recognised", *_asked(rows))
             },
         }
         tensors = load_file(folder / "features.safetensors")

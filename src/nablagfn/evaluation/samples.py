@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.kernels import KernelTable
 from ..core.path_kl import PathRatio, path_ratio
+from ..core.transport import transport_cost
 from ..core.types import Metadata, Policy, Recogniser, Reward, View
 from ..runtime.distributed import gather
 from .drawing import decoded, draw_paths
@@ -26,6 +27,8 @@ class Sample:
     compared. log_ratio_base: log p_θ/p_# of the pretrained model's path of the same noise, NaN
     where nobody asked. held_out: rewards that were not trained on, by name. step_kl: [N] what
     path_kl is the sum of. labels: what the recogniser sees, by kind, if somebody asked.
+    transport_cost: of its path without noise (`core.transport`), 0 for the pretrained model's; it
+    is NaN where the path has noise, and path_kl and log_ratio are where it has none.
     """
 
     index: int
@@ -40,16 +43,19 @@ class Sample:
     log_ratio_base: float = math.nan
     step_kl: Tensor = field(default_factory=lambda: torch.zeros(0))
     labels: Mapping[str, str] = field(default_factory=dict)
+    transport_cost: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnPaths:
     """Clean samples [B, ...], their paths against the other model's, and log p_θ/p_# [B] of the
-    pretrained model's paths of the same noise (NaN where it was not asked for)."""
+    pretrained model's paths of the same noise (NaN where it was not asked for). transport_cost:
+    [B], NaN where the paths have noise; without noise the ratio has no step."""
 
     clean: Tensor
     ratio: PathRatio
     log_ratio_base: Tensor
+    transport_cost: Tensor
 
 
 class Evaluator:
@@ -128,6 +134,8 @@ class Evaluator:
         compared: bool,
         both: bool,
     ) -> DrawnPaths:
+        if self.table.ode:
+            return self._draw_ode(prompts, seeds, reference, compared)
         none = torch.zeros(len(prompts), self.table.num_steps)
         clean, ratio = self._paths(prompts, seeds, reference, compared)
         base = torch.full((len(prompts),), math.nan)
@@ -135,7 +143,22 @@ class Evaluator:
             _, of_base = self._paths(prompts, seeds, reference=True, compared=True)
             assert of_base is not None
             base = of_base.log_ratio.sum(1)
-        return DrawnPaths(clean, ratio or PathRatio(none, none), base)
+        unknown = torch.full((len(prompts),), math.nan)
+        return DrawnPaths(clean, ratio or PathRatio(none, none), base, unknown)
+
+    def _draw_ode(
+        self, prompts: list[str], seeds: Sequence[int], reference: bool, compared: bool
+    ) -> DrawnPaths:
+        """Paths without noise, with the transport cost of the policy's."""
+        paths = draw_paths(
+            self.policy, self.table, prompts, seeds, seed=self.seed, reference=reference
+        )
+        cost = torch.zeros(len(prompts))
+        if compared and not reference:
+            cost = transport_cost(self.policy, self.table, paths).sum(1)
+        unknown = torch.zeros(len(prompts), 0)
+        nothing = torch.full((len(prompts),), math.nan)
+        return DrawnPaths(paths.clean, PathRatio(unknown, unknown), nothing, cost)
 
     def _paths(
         self, prompts: list[str], seeds: Sequence[int], reference: bool, compared: bool
@@ -162,8 +185,9 @@ class Evaluator:
         held_out = {
             name: self._scores(reward, images, prompts) for name, reward in self.held_out.items()
         }
-        kl, moved = ratio.kl.sum(1).tolist(), ratio.log_ratio.sum(1).tolist()
+        kl, moved = _sums(ratio.kl), _sums(ratio.log_ratio)
         base = drawn.log_ratio_base.tolist()
+        cost = drawn.transport_cost.tolist()
         features, kept = self.view.features(images).cpu(), keep(images).cpu()
         recognised: list[bool | None] = [None] * len(prompts)
         labels: Mapping[str, list[str]] = {}
@@ -184,6 +208,7 @@ class Evaluator:
                 log_ratio_base=base[i],
                 step_kl=ratio.kl[i].cpu(),
                 labels={kind: seen[i] for kind, seen in labels.items()},
+                transport_cost=cost[i],
             )
             for i, index in enumerate(seeds)
         ]
@@ -193,3 +218,9 @@ class Evaluator:
         with torch.no_grad():
             found: list[float] = reward(images, prompts, metadata).tolist()
         return found
+
+
+def _sums(of_steps: Tensor) -> list[float]:
+    """Of each path's steps, [B, N]; NaN where it has none that are known."""
+    found: list[float] = of_steps.sum(1).tolist()
+    return found if of_steps.shape[1] else [math.nan] * len(found)

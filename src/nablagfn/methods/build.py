@@ -5,12 +5,11 @@ from __future__ import annotations
 from ..config import Config, ConfigError
 from ..core.grids import times_of
 from ..core.kernels import KernelTable, kernel_table
-from ..core.samplers import eta_of
 from ..core.schedules import schedule_of
 from ..core.types import Objective, Policy
 from ..rewards import require_gradient
 from .parts import Parts
-from .registry import check_method, find_method
+from .registry import check_method, eta_of_run, find_method
 
 
 def build_kernel(config: Config, policy: Policy) -> KernelTable:
@@ -20,7 +19,7 @@ def build_kernel(config: Config, policy: Policy) -> KernelTable:
     try:
         times = times_of(s, policy)
         schedule = schedule_of(policy.noising, times, s.final_sigma)
-        table = kernel_table(schedule, eta_of(s), policy.prediction)
+        table = kernel_table(schedule, eta_of_run(config), policy.prediction)
     except ConfigError:  # names its key
         raise
     except ValueError as error:

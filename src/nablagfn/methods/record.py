@@ -49,13 +49,14 @@ class Method:
     """A method and all that other parts need to know of it.
 
     build: from `Parts` to the objective, or "module:function", imported when it is first used.
-    has_prior: it targets p_pretrained·exp(βr), so that β changes its result. alive: its graphs.
+    has_prior: it holds on to the pretrained model, so that β changes its result. alive: its graphs.
     learns_flow: whether g_φ is built. guesses: it scores predicted clean samples, for which
     `model.guess_decoder` may stand in. uneven: why processes would make different numbers of
     passes, so that the model cannot be sharded over them; empty where they make the same. sources:
     what `training.source` may be. sweeps: whether v̂ of all of an update's transitions is known at
     once, for `method.clip_quantile`. mirrors: whether v̂ may be taken at the mirror image of a
-    step's end, for `method.mirror`. carries: whether it aims along `pool.gradient`.
+    step's end, for `method.mirror`. carries: whether it aims along `pool.gradient`. ode: whether it
+    draws paths without noise (η = 0), which have no density: no path KL and no target.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Method:
     sweeps: Callable[[Config], bool] = never
     mirrors: Callable[[Config], bool] = never
     carries: bool = False
+    ode: bool = False
 
     def objective(self, parts: Parts) -> Objective:
         """What trains by this method."""

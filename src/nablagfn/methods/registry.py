@@ -154,6 +154,15 @@ METHODS = {
             guesses=True,
             uneven=uneven,
         ),
+        Method(
+            "vgg-flow",
+            build=f"{OBJECTIVES}.vgg_flow:build",
+            has_prior=True,
+            alive=lambda config: Alive(1, 2 if with_flow(config) else 1),
+            learns_flow=with_flow,
+            guesses=True,
+            ode=True,
+        ),
     )
 }
 
@@ -168,6 +177,12 @@ def target_of(config: Config, factor: float = 1.0) -> Aim:
     method, strength = find_method(config.experiment.method), config.model.pretrained_strength
     if not method.has_prior:
         return Aim(None, f"{method.name} has no prior term, and so no target at any β")
+    if method.ode:
+        return Aim(
+            None,
+            f"{method.name} draws paths without noise, which have no density: it weighs β·r against"
+            " a transport cost, and its optimum is another than p_pretrained·exp(βr)",
+        )
     if strength != 1:
         return Aim(
             None,
@@ -175,6 +190,12 @@ def target_of(config: Config, factor: float = 1.0) -> Aim:
             "p_pretrained·exp(βr), which needs 1",
         )
     return Aim(config.model.reward_scale * factor)
+
+
+def eta_of_run(config: Config) -> float:
+    """η of the run's paths: 0 for a method that draws them without noise."""
+    noisy = eta_of(config.sampling)
+    return 0.0 if find_method(config.experiment.method).ode else noisy
 
 
 def check_settings(config: Config) -> None:
@@ -195,6 +216,7 @@ def check_method(config: Config) -> None:
         )
     check_source(config, method)
     check_estimate(config, method)
+    check_ode(config, method)
     reason = method.uneven(config)
     if config.training.shard_base and reason:
         raise ConfigError(f"config.training.shard_base=True does not go with {reason}")
@@ -214,6 +236,23 @@ def check_estimate(config: Config, method: Method) -> None:
             f"config.method.mirror=True has no use in {KEY}={method.name} with these settings: it "
             "is for nabla-db-lambda with config.method.window=0, config.method.return_lambda=0 and "
             "config.training.source=paths"
+        )
+
+
+def check_ode(config: Config, method: Method) -> None:
+    """Raises ConfigError for settings that need noise, where the paths have none."""
+    if not method.ode:
+        return
+    if config.sampling.eta != 1:
+        raise ConfigError(
+            f"config.sampling.eta={config.sampling.eta:g} has no use in {KEY}={method.name}, which "
+            "draws its paths without noise: leave it at 1"
+        )
+    if config.guard.max_path_kl:
+        raise ConfigError(
+            f"config.guard.max_path_kl={config.guard.max_path_kl:g} has no use in "
+            f"{KEY}={method.name}, whose paths have no noise and so no KL: set "
+            "config.guard.min_diversity or config.guard.max_held_out_drop instead"
         )
 
 

@@ -27,6 +27,7 @@ CURVES = (
     Curve("probe_diversity_kept", "share of the diversity that is kept"),
     Curve("probe_recognised", "recognised share of the fixed-seed samples"),
     Curve("probe_path_kl", "path KL (nats)"),
+    Curve("probe_transport_cost", "transport cost"),
     Curve("probe_drift", "drift from the pretrained model, same seeds"),
     Curve("probe_mmd", "MMD to the pretrained model"),
     Curve("probe_mmd2_ratio", "MMD² to the target, over its floor", log=True),
@@ -35,6 +36,8 @@ CURVES = (
     Curve("loss_reverse", "reverse loss", log=True),
     Curve("loss_terminal", "terminal loss", log=True),
     Curve("loss_trust", "trust region", log=True),
+    Curve("loss_consistency", "consistency loss", log=True),
+    Curve("loss_boundary", "boundary loss", log=True),
     Curve("grad_norm", "gradient norm of the LoRA", log=True),
 )
 

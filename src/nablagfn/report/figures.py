@@ -20,6 +20,7 @@ MEANINGS = {
     "diversity_variance": ("variance", "variance of the features within a prompt"),
     "vendi": ("Vendi score", "effective number of different pictures per prompt"),
     "path_kl": ("path KL", "how far the sampler has moved from the pretrained one, in nats"),
+    "transport_cost": ("transport cost", "½∫‖u_θ − u_#‖² dt, what a sampler without noise changed"),
     "drift": ("drift", "feature distance to the pretrained model's picture of the same seed"),
     "fid": ("Fréchet distance", "to the pretrained model's pictures, all prompts"),
     "fid_per_prompt": ("Fréchet distance, per prompt", "the same within prompts"),
@@ -232,6 +233,7 @@ def _trained_cards(record: Record) -> list[Card]:
         "diversity": (before.diversity, after.diversity),
         "recognised": (before.recognised, after.recognised),
         "path_kl": (before.path_kl, after.path_kl),
+        "transport_cost": (before.transport_cost, after.transport_cost),
         **{key: (before.others.get(key), value) for key, value in after.others.items()},
     }
     return [

@@ -34,6 +34,7 @@ class MeasuredRecord(PartRecord):
     diversity: float
     recognised: float | None = None
     path_kl: float | None = None
+    transport_cost: float | None = None
     others: dict[str, float] = Field(default_factory=dict)
 
 

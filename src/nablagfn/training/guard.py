@@ -19,13 +19,14 @@ LOWERINGS = 3  # of β in a row; if the run is still beyond a budget then, it is
 class Probe:
     """What a measurement of fixed-seed samples tells the guard.
 
-    reward, diversity, path_kl: of the finetuned model. held_out: mean held-out rewards by name.
+    reward, diversity, path_kl: of the finetuned model; path_kl is None where paths have no noise.
+    held_out: mean held-out rewards by name.
     base_*: of the pretrained model on the same seeds (rewards: standard deviations).
     """
 
     reward: float
     diversity: float
-    path_kl: float
+    path_kl: float | None
     base_diversity: float
     held_out: Mapping[str, float] = field(default_factory=dict)
     base_held_out_std: Mapping[str, float] = field(default_factory=dict)
@@ -69,7 +70,7 @@ def broken_budgets(
             f"diversity {probe.diversity_kept:.0%} of the pretrained model's, below "
             f"guard.min_diversity={settings.min_diversity:g}"
         )
-    if settings.max_path_kl and probe.path_kl > settings.max_path_kl:
+    if settings.max_path_kl and probe.path_kl is not None and probe.path_kl > settings.max_path_kl:
         found.append(
             f"path KL {probe.path_kl:.3g} nats, above guard.max_path_kl={settings.max_path_kl:g}"
         )

@@ -23,6 +23,7 @@ from ..core.grids import late_start
 from ..core.kernels import KernelTable
 from ..core.path_kl import step_weights
 from ..core.rollout import fingerprints
+from ..core.transport import step_lengths
 from ..core.types import Policy, Recogniser, Reward, Trajectories, View
 from ..evaluation import Evaluator, Measurement, PictureView
 from ..evaluation.reached import Reached
@@ -113,10 +114,13 @@ def check_measuring(
 
 
 def steps_of(table: KernelTable) -> dict[str, list[float]]:
-    """sampler.json: when the steps are, (c2/σ)², what each weighs in the path KL, and ᾱ."""
+    """sampler.json: when the steps are, (c2/σ)², what each weighs in the path KL, and ᾱ.
+
+    Without noise it is t_k − t_{k+1}, the weight in the transport cost."""
+    weights = step_lengths(table) if table.ode else step_weights(table)
     return {
         "times": table.time[:-1].tolist(),
-        "weights": step_weights(table).tolist(),
+        "weights": weights.tolist(),
         "alpha_bar": table.schedule.alpha_bar[:-1].tolist(),
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...core import rng
 from ...core.grids import late_start
 from ...core.path_kl import step_weights
+from ...core.transport import step_lengths
 from ...methods.build import build_kernel
 from ...methods.registry import check_settings
 from .records import Finding, Patient
@@ -56,10 +57,11 @@ def batches(patient: Patient) -> Finding:
 
 
 def steps(patient: Patient) -> Finding:
-    """The sampler's steps, and what each weighs in the path KL."""
+    """The sampler's steps, and what each weighs in the path KL, or in the transport cost."""
     policy = patient.policy
     table = build_kernel(patient.config, policy)
-    weights = step_weights(table)
+    weights = step_lengths(table) if table.ode else step_weights(table)
+    weighed = "Δt" if table.ode else "(c2/σ)²"
     heaviest, whole = int(weights.argmax()), float(weights.sum())
     share = float(weights[heaviest]) / whole
     listed = " ".join(f"{weight:.2g}" for weight in weights.tolist())
@@ -67,7 +69,7 @@ def steps(patient: Patient) -> Finding:
         low, high = float(weights.min()), float(weights.max())
         listed = f"{low:.2g} … {high:.2g}"
     first, last = (f"{time:.4g}" for time in table.time[[0, -2]].tolist())
-    text = f"{len(weights)} from time {first} to {last}, (c2/σ)² {listed}"
+    text = f"{len(weights)} from time {first} to {last}, {weighed} {listed}"
     late = late_start(table, policy.noising)
     if late:
         return Finding("warning", text, late)
