@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..models.latent import LatentPolicy
     from ..prompts import PromptSet
     from ..rewards import NamedReward
+    from .pipelines import PipelineFamily
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def guidance_of(stock: StockSampler, config: Config, rows: int = 1) -> dict[str,
 class ExportForm:
     """How a trained model is written for other programs, and loaded again to prove it.
 
-    write(policy, config, folder, name): fills the folder of a model called `name`. load(config,
-    folder): a fresh pipeline from it. always: what was learned acts in all steps there, so that it
-    is no form for a LoRA whose strength varies.
+    write(policy, config, folder, name, stock): fills the folder of a model called `name`, drawn
+    with `stock`. load(config, folder): a fresh pipeline from it. always: what was learned acts in
+    all steps there, so that it is no form for a LoRA whose strength varies.
     """
 
-    write: Callable[[Any, Config, Path, str], None]
+    write: Callable[[Any, Config, Path, str, StockSampler], None]
     load: Callable[[Config, Path], Any]
     always: bool = False
 
@@ -93,7 +94,8 @@ class Family:
     words of model.lora_targets. export_forms: by name. no_export: why there are none.
     stock_sampler(config, times): how diffusers draws at the times of the run's steps; raises
     ConfigError when no scheduler does. small: whether it trains on a CPU. network: what is
-    finetuned, in a word. own: for worlds.
+    finetuned, in a word. of_diffusers: what it shares with all of diffusers' pipelines. own: for
+    worlds.
     """
 
     name: str
@@ -109,4 +111,5 @@ class Family:
     loading_code: Callable[[Config], list[str]] | None = None
     small: Callable[[str], bool] = lambda model: False
     network: str = "U-Net"
+    of_diffusers: PipelineFamily | None = None
     own: Own | None = None

@@ -89,6 +89,7 @@ class PipelineFamily:
             loading_code=self.loading_code,
             small=lambda model: model in EMBEDDED,
             network=self.network,
+            of_diffusers=self,
         )
 
     def check(self, config: Config) -> None:
@@ -161,7 +162,16 @@ class PipelineFamily:
                 "no scheduler of diffusers ends at config.sampling.final_sigma="
                 f"{config.sampling.final_sigma:g}: use `nablagfn sample`"
             )
-        found = self.stock(config, times)
+        return self._called(self.stock(config, times), config)
+
+    def ode_sampler(self, config: Config) -> StockSampler:
+        """How diffusers draws without noise: for methods whose paths have none."""
+        guidance = self.stock(config, ()).guidance
+        return self._called(replace(self.deterministic, guidance=guidance), config)
+
+    @staticmethod
+    def _called(found: StockSampler, config: Config) -> StockSampler:
+        """With the sizes that the run asks for."""
         s = config.sampling
         shape = {"height": s.height, "width": s.width, "max_sequence_length": s.max_sequence_length}
         given = {name: value for name, value in shape.items() if value}
@@ -194,10 +204,11 @@ class PipelineFamily:
         pipeline.load_lora_weights(folder, weight_name=weights.name)
         return pipeline
 
-    def write_fused(self, policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:
+    def write_fused(
+        self, policy: LatentPolicy, config: Config, folder: Path, name: str, stock: StockSampler
+    ) -> None:
         """The whole pipeline, the LoRA added to its weights, with the run's sampler, or with its
         own where the pipeline does not take that one as it is."""
-        from ..core.grids import times_of
         from ..models.latent import set_sampler
 
         with tempfile.TemporaryDirectory() as lora:
@@ -205,7 +216,6 @@ class PipelineFamily:
             pipeline = self.with_lora(config, Path(lora))
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-        stock = self.stock_sampler(config, times_of(config.sampling, policy))
         if not stock.counts:
             set_sampler(pipeline, stock.scheduler, stock.options, stock.taken)
         pipeline.save_pretrained(folder)
@@ -238,11 +248,15 @@ def check_lora_strength(config: Config) -> None:
             raise ConfigError(f"{varies} does not go with config.{key}=True: set one of them back")
 
 
-def _write_diffusers(policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:
+def _write_diffusers(
+    policy: LatentPolicy, config: Config, folder: Path, name: str, stock: StockSampler
+) -> None:
     policy.model.save(folder, policy.lora())
 
 
-def write_kohya(policy: LatentPolicy, config: Config, folder: Path, name: str) -> None:
+def write_kohya(
+    policy: LatentPolicy, config: Config, folder: Path, name: str, stock: StockSampler
+) -> None:
     """lora_unet_….lora_down, .lora_up and .alpha, the keys of ComfyUI and AUTOMATIC1111."""
     from diffusers.utils import convert_state_dict_to_kohya
     from safetensors.torch import save_file

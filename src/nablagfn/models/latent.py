@@ -64,6 +64,8 @@ def set_sampler(
     taken: options that have the value of another one of its present scheduler. counts: as
     `count_steps` says.
     """
+    if not scheduler:  # its own
+        return
     kind, config = getattr(diffusers, scheduler), pipeline.scheduler.config
     copied = {name: config[other] for name, other in taken.items()}
     with quiet():  # of the present one's options that the other does not have

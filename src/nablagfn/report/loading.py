@@ -9,6 +9,7 @@ from typing import Any
 from ..config import Config, ConfigError
 from ..families import Family, StockSampler, family_of_run
 from ..families.family import guidance_of
+from ..methods.registry import find_method
 from ..models.lora import MEAN
 
 
@@ -34,13 +35,13 @@ def how_to_load(
     if family.stock_sampler is None or family.loading_code is None:
         return ""
     try:
-        stock = family.stock_sampler(config, times)
+        stock = stock_of(family, config, times)
     except ConfigError as error:
         return f"# {error}\nnablagfn sample RUN --prompts {prompt!r}"
     name = f", weight_name={weight_name!r}" if weight_name else ""
     lines = [
         *(["import torch"] if first_state else []),
-        f"from diffusers import {', '.join(sorted((stock.scheduler, *family.pipelines)))}",
+        f"from diffusers import {', '.join(sorted({stock.scheduler, *family.pipelines} - {''}))}",
         *(["from safetensors.torch import load_file"] if first_state else []),
         *base(family, config),
         f"pipe.load_lora_weights({weights!r}{name})",
@@ -52,6 +53,15 @@ def how_to_load(
     return "\n".join(lines)
 
 
+def stock_of(family: Family, config: Config, times: Sequence[float]) -> StockSampler:
+    """How diffusers draws as the run does, for a family that has pipelines; without noise where the
+    paths of the run's method have none. Raises ConfigError when no scheduler does."""
+    assert family.stock_sampler is not None
+    if find_method(config.experiment.method).ode and family.of_diffusers:
+        return family.of_diffusers.ode_sampler(config)
+    return family.stock_sampler(config, times)
+
+
 def base(family: Family, config: Config) -> list[str]:
     """Lines that make `pipe`, the pretrained model; what they import comes first."""
     assert family.loading_code is not None
@@ -61,7 +71,9 @@ def base(family: Family, config: Config) -> list[str]:
 
 
 def set_sampler(stock: StockSampler) -> list[str]:
-    """Lines that give `pipe` the sampler of the run."""
+    """Lines that give `pipe` the sampler of the run; none where it is its own."""
+    if not stock.scheduler:
+        return []
     start = f"pipe.scheduler = {stock.scheduler}.from_config(pipe.scheduler.config"
     taken = [f"{name}=pipe.scheduler.config.{other}" for name, other in stock.taken.items()]
     after = counting() if stock.counts else []

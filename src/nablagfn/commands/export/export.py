@@ -17,6 +17,7 @@ from ...families import Family, find_family
 from ...models.latent import LatentPolicy, quiet
 from ...models.lora import FIRST_STATE, MEAN
 from ...prompts import PromptSet
+from ...report.loading import stock_of
 from ...report.read import Record, read
 from ...runs.progress import Bar
 from ...runs.runfolder import RunFolder
@@ -144,7 +145,8 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
     folder.mkdir()
     form, drawn = family.export_forms[name], trained.drawn
     with quiet():
-        form.write(trained.policy, trained.config, folder, trained.name)
+        stock = stock_of(family, trained.config, trained.times)
+        form.write(trained.policy, trained.config, folder, trained.name, stock)
         trained.policy.save_first_state(folder)
         fresh = form.load(trained.config, folder).to(trained.policy.device)
     again = draw(

@@ -19,6 +19,7 @@ from ...core import rng
 from ...families import Family
 from ...families.family import guidance_of
 from ...models.latent import set_sampler
+from ...report.loading import stock_of
 
 GREY_LEVEL = 1 / 255  # two pictures that differ by less look alike in any file
 ROUNDING = 1e-4  # of float32, over the steps of a sampler
@@ -78,8 +79,7 @@ def draw(
     in all. mean: of the first state; None: 0. Raises ConfigError when no scheduler of diffusers
     draws so.
     """
-    assert family.stock_sampler is not None
-    stock, sampling = family.stock_sampler(config, times), config.sampling
+    stock, sampling = stock_of(family, config, times), config.sampling
     set_sampler(pipeline, stock.scheduler, stock.options, stock.taken, counts=stock.counts)
 
     names = pipeline.get_active_adapters() if strengths else []
