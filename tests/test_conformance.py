@@ -100,7 +100,7 @@ def stock_pictures(name: str, pipeline: Any, noise: Tensor, policy: LatentPolicy
     if own.scheduler:
         set_sampler(pipeline, own.scheduler, own.options, own.taken)
     found: np.ndarray = pipeline(
-        PROMPTS,
+        prompt=list(PROMPTS),  # some pipelines write into it
         height=pixels(name),
         width=pixels(name),
         num_inference_steps=STEPS,

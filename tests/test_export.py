@@ -262,7 +262,7 @@ def test_a_first_state_goes_with_every_form_and_with_the_programs(
     assert f"load_file('diffusers/{FIRST_STATE}')" in card
     program, drawn = code(read(moved)), []
     assert "latents" in program and "latents" not in before
-    for given in (program, before.replace("pipe('", "pipe(latents=begin, prompt='")):
+    for given in (program, before.replace("pipe(", "pipe(latents=begin, ")):
         names: dict[str, object] = {}
         torch.manual_seed(0)
         if given is not program:

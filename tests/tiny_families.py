@@ -13,10 +13,14 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -36,9 +40,13 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -76,6 +84,30 @@ def t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
         vocab_size=len(words), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2
     )
     return T5EncoderModel(config), words
+
+
+def chat_words(said: str) -> Qwen2Tokenizer:
+    """One token a byte. said: what the template makes of what a user says; a letter is beside it,
+    so that an empty prompt has tokens, too."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Qwen2Tokenizer(vocab=letters)
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}u{{ " + said + " }}{% endif %}{% endfor %}"
+    )
+    return words
+
+
+def language_model(words: int, layers: int, width: int = WIDTH) -> dict[str, Any]:
+    """Options of a small one."""
+    return {
+        "vocab_size": words,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
 
 
 def autoencoder(channels: int, **options: Any) -> AutoencoderKL:
@@ -182,6 +214,54 @@ def flux() -> Any:
         text_encoder_2=encoder,
         tokenizer_2=words,
     )
+
+
+def flux2_parts(guidance: bool) -> dict[str, Any]:
+    torch.manual_seed(4)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.normal_()  # as of training: each channel of a latent has its own
+    vae.bn.running_var.uniform_(0.5, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+
+
+def flux2() -> Any:
+    """Its language model is read at layers 10, 20 and 30. The true processor of prompts also takes
+    pictures, for which it needs torchvision; its tokenizer stands in for it."""
+    parts, words = flux2_parts(guidance=True), chat_words("m.content[0].text")
+    torch.manual_seed(6)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **language_model(len(words), layers=30)},
+        vision_config={"model_type": "pixtral", "num_attention_heads": 2, **vision},
+    )
+    encoder = Mistral3ForConditionalGeneration(config)
+    return Flux2Pipeline(text_encoder=encoder, tokenizer=words, **parts)
+
+
+def flux2_klein() -> Any:
+    """Its language model is read at layers 9, 18 and 27."""
+    parts, words = flux2_parts(guidance=False), chat_words("m.content")
+    torch.manual_seed(6)
+    encoder = Qwen3ForCausalLM(Qwen3Config(**language_model(len(words), layers=27)))
+    return Flux2KleinPipeline(text_encoder=encoder, tokenizer=words, **parts)
 
 
 def qwen_words() -> Qwen2Tokenizer:
@@ -338,6 +418,8 @@ TINY: dict[str, Callable[[], Any]] = {
     "sdxl": loaded(sdxl),
     "sd3": loaded(sd3),
     "flux": loaded(flux),
+    "flux2": loaded(flux2),
+    "flux2-klein": loaded(flux2_klein),
     "qwen-image": loaded(qwen_image),
     "sana": loaded(sana),
 }

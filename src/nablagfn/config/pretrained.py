@@ -19,7 +19,7 @@ class Pretrained(Group):
     family: str = Field(
         "auto",
         min_length=1,
-        description="stable-diffusion, sdxl, sd3, flux, qwen-image, sana, world, or "
-        "package.module:object for your own; auto: the one that the model belongs to",
+        description="stable-diffusion, sdxl, sd3, flux, flux2, flux2-klein, qwen-image, sana, "
+        "world, or package.module:object for your own; auto: the one that the model belongs to",
     )
     revision: str = Field("main", description="hub revision")

@@ -32,4 +32,5 @@ FLUX = PipelineFamily(
     lora_targets=TARGETS,
     stock=stock,
     names=(DEV, SCHNELL),
+    distilled=frozenset({SCHNELL}),
 ).family()

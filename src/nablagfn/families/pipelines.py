@@ -6,6 +6,7 @@ LoRA targets and its stock sampler. Needs no torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -36,12 +37,12 @@ class PipelineFamily:
 
     model: "module:class" of its `LatentModel`. pipelines: diffusers' classes; the first is loaded.
     lora_targets: endings of layer names by the words of model.lora_targets. names: hub names and
-    embedded ones that are known to be of it. stock: how diffusers draws as a run does.
-    deterministic: how it draws with η = 0 on the pipeline's own grid; by its own scheduler where no
-    other is named. network: what is finetuned, in a word. kohya: the keys of kohya-ss are an
-    export's form of their own (other programs read diffusers' keys). recomputes_vae: its decoder
-    can recompute its activations.
-    lengths: prompts may have sampling.max_sequence_length tokens. loading: further arguments of
+    embedded ones that are known to be of it; distilled: those of them that draw in a few steps.
+    stock: how diffusers draws as a run does. deterministic: how it draws with η = 0 on the
+    pipeline's own grid; by its own scheduler where no other is named. network: what is finetuned,
+    in a word. kohya: the keys of kohya-ss are an export's form of their own (other programs read
+    diffusers' keys). recomputes_vae: its decoder can recompute its activations. lengths: prompts
+    may have sampling.max_sequence_length tokens. loading: further arguments of
     from_pretrained, of an embedded model, as they are printed.
     """
 
@@ -52,6 +53,7 @@ class PipelineFamily:
     stock: Stock
     deterministic: StockSampler = AS_IT_IS
     names: tuple[str, ...] = ()
+    distilled: frozenset[str] = frozenset()
     network: str = "transformer"
     kohya: bool = False
     lengths: bool = True
@@ -137,6 +139,8 @@ class PipelineFamily:
             **_lora(config),
         )
         tune(policy, config.speed)
+        if config.pretrained.model in self.distilled or policy.model.distilled:
+            tell_distilled(config.pretrained.model)
         return policy
 
     def skeleton(self, config: Config) -> LatentPolicy:
@@ -232,6 +236,21 @@ def _lora(config: Config) -> dict[str, Any]:
         "lora_until": model.lora_until,
         "lora_fade": model.lora_fade,
     }
+
+
+@functools.cache
+def tell_distilled(model: str) -> None:
+    """Say once what it means to finetune a model that draws in a few steps."""
+    from ..runs.progress import note
+    from ..runtime.distributed import process_state
+
+    if process_state().is_main_process:
+        note(
+            f"{model} is distilled to draw in a few steps, and they do not reverse a noising "
+            "process: p is what this run's own chain of steps draws, and training without the loss "
+            "of the distillation can blur the pictures or undo it; take "
+            "config.sampling.guidance_scale=1, or finetune the model that it was distilled from"
+        )
 
 
 def check_lora_strength(config: Config) -> None:

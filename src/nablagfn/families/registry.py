@@ -7,6 +7,7 @@ from ..config.dotted import find_object
 from ..models.locate import pipeline_class
 from .family import Family
 from .flux import FLUX
+from .flux2 import FLUX2, FLUX2_KLEIN
 from .qwen_image import QWEN_IMAGE
 from .sana import SANA
 from .sd3 import SD3
@@ -27,7 +28,18 @@ OF_PICTURES = (
 )
 OF_VIDEO = ("Wan", "Video", "LTX", "CogVideo", "Mochi", "Animate", "Allegro", "SkyReels", "Cosmos")
 FAMILIES = {
-    family.name: family for family in (STABLE_DIFFUSION, SDXL, SD3, FLUX, QWEN_IMAGE, SANA, WORLD)
+    family.name: family
+    for family in (
+        STABLE_DIFFUSION,
+        SDXL,
+        SD3,
+        FLUX,
+        FLUX2,
+        FLUX2_KLEIN,
+        QWEN_IMAGE,
+        SANA,
+        WORLD,
+    )
 }
 
 

@@ -6,6 +6,7 @@ from ..models.locate import TINY_ANIMALS_FLOW
 from ..models.lora import MMDIT
 from .pipelines import PipelineFamily, flow_stock
 
+TURBO = "stabilityai/stable-diffusion-3.5-large-turbo"
 SD3 = PipelineFamily(
     "sd3",
     model="nablagfn.models.sd3:StableDiffusion3",
@@ -17,6 +18,8 @@ SD3 = PipelineFamily(
         "stabilityai/stable-diffusion-3-medium-diffusers",
         "stabilityai/stable-diffusion-3.5-medium",
         "stabilityai/stable-diffusion-3.5-large",
+        TURBO,
     ),
+    distilled=frozenset({TURBO}),
     loading=", text_encoder_3=None, tokenizer_3=None",
 ).family()

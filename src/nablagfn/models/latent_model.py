@@ -87,6 +87,11 @@ class LatentModel:
         """The names of layers on which no output depends, so that a LoRA would learn nothing."""
         return set()
 
+    @property
+    def distilled(self) -> bool:
+        """Whether the pipeline says of itself that it was distilled to draw in a few steps."""
+        return bool(self.pipeline.config.get("is_distilled", False))
+
     # ---------------------------------------------------------------- sizes
 
     def channels(self) -> int:

@@ -33,6 +33,9 @@ def load_pipeline(
             f"config.pretrained.model={model!r} cannot be loaded ({error}); complete it with "
             f"`hf download {source}`, or give a folder written by save_pretrained"
         ) from None
+    except ImportError as error:  # of a part that needs more, as FLUX.2-dev's processor of prompts
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"config.pretrained.model={model!r} cannot be loaded: {reason}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -13,6 +13,15 @@ MMDIT = {  # SD3's names: attention of both streams, and their feed-forward maps
     "feed-forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 }
 FLUX = {**MMDIT, "feed-forward": (*MMDIT["feed-forward"], "proj_mlp", "proj_out")}
+FLUX2 = {  # whose single blocks have attention and feed-forward map in one
+    "attention": (*MMDIT["attention"], "attn.to_qkv_mlp_proj", "attn.to_out"),
+    "feed-forward": (
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+    ),
+}
 QWEN_IMAGE = {
     **MMDIT,
     "feed-forward": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),

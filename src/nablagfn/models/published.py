@@ -13,10 +13,12 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -29,8 +31,12 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -56,6 +62,47 @@ T5_XXL = T5Config(
     feed_forward_proj="gated-gelu",
     vocab_size=32128,
 )
+MISTRAL_SMALL = Mistral3Config(
+    text_config={
+        "model_type": "mistral",
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 131072,
+    },
+    vision_config={
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "image_size": 1540,
+        "patch_size": 14,
+    },
+    multimodal_projector_bias=False,
+    spatial_merge_size=2,
+    tie_word_embeddings=False,
+)
+
+
+def _qwen3(width: int, feed_forward: int, tied: bool) -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=tied,
+    )
+
+
+QWEN3_4B, QWEN3_8B = _qwen3(2560, 9728, tied=True), _qwen3(4096, 12288, tied=False)
 QWEN_VL_7B = Qwen2_5_VLConfig(
     text_config={
         "hidden_size": 3584,
@@ -215,6 +262,41 @@ def flux1_schnell() -> Parts:
     return flux1(guidance=False)
 
 
+def _flux2(transformer: Flux2Transformer2DModel, text_encoder: Any) -> Parts:
+    return {
+        "transformer": transformer,
+        "vae": AutoencoderKLFlux2(),
+        "text_encoder": text_encoder,
+        "scheduler": _flow_scheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def flux2_dev() -> Parts:
+    return _flux2(Flux2Transformer2DModel(), Mistral3ForConditionalGeneration(MISTRAL_SMALL))
+
+
+def flux2_klein_4b(distilled: bool = False) -> Parts:
+    transformer = Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+    return {**_flux2(transformer, Qwen3ForCausalLM(QWEN3_4B)), "is_distilled": distilled}
+
+
+def flux2_klein_9b(distilled: bool = False) -> Parts:
+    transformer = Flux2Transformer2DModel(
+        num_layers=8,
+        num_single_layers=24,
+        num_attention_heads=32,
+        joint_attention_dim=12288,
+        guidance_embeds=False,
+    )
+    return {**_flux2(transformer, Qwen3ForCausalLM(QWEN3_8B)), "is_distilled": distilled}
+
+
 def qwen_image() -> Parts:
     return {
         "transformer": QwenImageTransformer2DModel(),
@@ -266,8 +348,14 @@ PUBLISHED: dict[str, Callable[[], Parts]] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": sd3_medium,
     "stabilityai/stable-diffusion-3.5-medium": sd35_medium,
     "stabilityai/stable-diffusion-3.5-large": sd35_large,
+    "stabilityai/stable-diffusion-3.5-large-turbo": sd35_large,
     "black-forest-labs/FLUX.1-dev": flux1_dev,
     "black-forest-labs/FLUX.1-schnell": flux1_schnell,
+    "black-forest-labs/FLUX.2-dev": flux2_dev,
+    "black-forest-labs/FLUX.2-klein-base-4B": flux2_klein_4b,
+    "black-forest-labs/FLUX.2-klein-base-9B": flux2_klein_9b,
+    "black-forest-labs/FLUX.2-klein-4B": partial(flux2_klein_4b, distilled=True),
+    "black-forest-labs/FLUX.2-klein-9B": partial(flux2_klein_9b, distilled=True),
     "Qwen/Qwen-Image": qwen_image,
     "Qwen/Qwen-Image-2512": qwen_image,
     f"{SANA_OWNER}/Sana_600M_512px_diffusers": partial(sana, 512, **SANA_600M),

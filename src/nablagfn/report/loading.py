@@ -150,7 +150,7 @@ def draw(
         given += ", latents=latents"
     return [
         *(["latents = torch.randn(1, *mean.shape) + mean"] if moved else []),
-        f"image = pipe({prompt!r}{guided},",
+        f"image = pipe(prompt={prompt!r}{guided},",
         f"    num_inference_steps={sampling.num_steps}{given}).images[0]",
     ]
 

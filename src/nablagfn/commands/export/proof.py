@@ -101,7 +101,7 @@ def draw(
     with torch.random.fork_rng():
         torch.manual_seed(0)  # some pipelines give their scheduler no generator
         found: np.ndarray = pipeline(
-            list(prompts),
+            prompt=list(prompts),
             **guidance_of(stock, config, len(prompts)),
             num_inference_steps=sampling.num_steps,
             generator=noise,
