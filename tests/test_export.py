@@ -294,8 +294,8 @@ def test_an_export_that_draws_other_pictures_leaves_nothing(
     forms = STABLE_DIFFUSION.export_forms
     form = forms["kohya"]
 
-    def lossy(policy: object, config: Config, folder: Path, name: str) -> None:
-        form.write(policy, config, folder, name)  # type: ignore[arg-type]
+    def lossy(policy: object, config: Config, folder: Path, name: str, stock: object) -> None:
+        form.write(policy, config, folder, name, stock)  # type: ignore[arg-type]
         (file,) = folder.iterdir()
         state = load_file(file)
         save_file({k: v for k, v in state.items() if "down_blocks_0" not in k}, file)
