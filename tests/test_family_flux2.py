@@ -110,6 +110,7 @@ def test_distilled_models_are_known_by_name() -> None:
         "stabilityai/stable-diffusion-3.5-large-turbo",
         f"{HUB}-klein-4B",
         f"{HUB}-klein-9B",
+        "Tongyi-MAI/Z-Image-Turbo",
     }
     assert not any("base" in name or "dev" in name for name in known)
 

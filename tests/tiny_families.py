@@ -31,6 +31,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import (
@@ -47,6 +49,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -399,6 +402,31 @@ def sana() -> Any:
     )
 
 
+def z_image() -> Any:
+    words = chat_words("m.content")
+    torch.manual_seed(4)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Qwen3Model(Qwen3Config(**language_model(len(words), layers=3))),
+        tokenizer=words,
+    )
+
+
 def loaded(make: Callable[[], Any]) -> Callable[[], Any]:
     """Its pipeline as from_pretrained gives it: ready to draw, not to train."""
 
@@ -422,6 +450,7 @@ TINY: dict[str, Callable[[], Any]] = {
     "flux2-klein": loaded(flux2_klein),
     "qwen-image": loaded(qwen_image),
     "sana": loaded(sana),
+    "z-image": loaded(z_image),
 }
 SIDES = {"sana": 32}  # whose pipeline draws nothing smaller
 TOKENS = 12  # of T5 and the like

@@ -20,6 +20,7 @@ class Pretrained(Group):
         "auto",
         min_length=1,
         description="stable-diffusion, sdxl, sd3, flux, flux2, flux2-klein, qwen-image, sana, "
-        "world, or package.module:object for your own; auto: the one that the model belongs to",
+        "z-image, world, or package.module:object for your own; auto: the one that the model "
+        "belongs to",
     )
     revision: str = Field("main", description="hub revision")

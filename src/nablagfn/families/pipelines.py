@@ -41,9 +41,10 @@ class PipelineFamily:
     stock: how diffusers draws as a run does. deterministic: how it draws with η = 0 on the
     pipeline's own grid; by its own scheduler where no other is named. network: what is finetuned,
     in a word. kohya: the keys of kohya-ss are an export's form of their own (other programs read
-    diffusers' keys). recomputes_vae: its decoder can recompute its activations. lengths: prompts
-    may have sampling.max_sequence_length tokens. loading: further arguments of
-    from_pretrained, of an embedded model, as they are printed.
+    diffusers' keys). recomputes_vae: its decoder can recompute its activations. compiles: its
+    network sees few shapes, whatever the prompts. lengths: prompts may have
+    sampling.max_sequence_length tokens. loading: further arguments of from_pretrained, of an
+    embedded model, as they are printed.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PipelineFamily:
     kohya: bool = False
     lengths: bool = True
     recomputes_vae: bool = True
+    compiles: bool = True
     loading: str = ""
 
     @property
@@ -98,6 +100,8 @@ class PipelineFamily:
         """Raises ConfigError when the model is not there or not of this family, and for options
         that exclude each other."""
         check_lora_strength(config)
+        if not self.compiles:
+            check_not_compiled(config, self.name)
         if config.sampling.max_sequence_length and not self.lengths:
             raise ConfigError(
                 f"config.sampling.max_sequence_length={config.sampling.max_sequence_length}: the "
@@ -236,6 +240,16 @@ def _lora(config: Config) -> dict[str, Any]:
         "lora_until": model.lora_until,
         "lora_fade": model.lora_fade,
     }
+
+
+def check_not_compiled(config: Config, family: str) -> None:
+    """Raises ConfigError where a network would be compiled anew for every length of a prompt."""
+    for key in ("compile", "cuda_graphs"):
+        if getattr(config.speed, key):
+            raise ConfigError(
+                f"config.speed.{key}=True: the network of a {family} model is given each prompt at "
+                "its own length, and would be compiled for each: leave it out"
+            )
 
 
 @functools.cache

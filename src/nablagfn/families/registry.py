@@ -14,6 +14,7 @@ from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import STABLE_DIFFUSION
 from .world import WORLD
+from .z_image import Z_IMAGE
 
 KEY = "config.pretrained.family"
 OF_PICTURES = (
@@ -38,6 +39,7 @@ FAMILIES = {
         FLUX2_KLEIN,
         QWEN_IMAGE,
         SANA,
+        Z_IMAGE,
         WORLD,
     )
 }

@@ -75,7 +75,8 @@ def set_sampler(
 
 
 def count_steps(scheduler: Any) -> None:
-    """Let a scheduler that sets its own steps be given their σ, of which it takes the number."""
+    """Let a scheduler that sets its own steps be given their σ, of which it takes the number, and
+    a μ that it is not configured for."""
     begin = scheduler.set_timesteps
 
     def begun(
@@ -84,7 +85,8 @@ def count_steps(scheduler: Any) -> None:
         sigmas: Sequence[float] = (),
         mu: float | None = None,
     ) -> None:
-        begin(steps or len(sigmas), device, mu=mu)
+        shifts = scheduler.config.use_dynamic_shifting
+        begin(steps or len(sigmas), device, mu=mu if shifts else None)
 
     scheduler.set_timesteps = begun
 

@@ -27,6 +27,10 @@ QWEN_IMAGE = {
     "feed-forward": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 }
 SANA = {"attention": ATTENTION, "feed-forward": ("ff.conv_inverted", "ff.conv_point")}
+Z_IMAGE = {
+    "attention": ATTENTION,
+    "feed-forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+}
 ALL = "all"
 FIRST_STATE, MEAN = "first_state.safetensors", "mean"  # a file, and the tensor in it
 

@@ -24,6 +24,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -37,6 +38,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -341,6 +343,23 @@ def sana(pixels: int, **options: Any) -> Parts:
     }
 
 
+def z_image(shift: float) -> Parts:
+    vae = _autoencoder(
+        16,
+        sample_size=1024,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return {
+        "transformer": ZImageTransformer2DModel(axes_lens=[1536, 512, 512]),
+        "vae": vae,
+        "text_encoder": Qwen3Model(QWEN3_4B),
+        "scheduler": _flow_scheduler(shift=shift),
+    }
+
+
 PUBLISHED: dict[str, Callable[[], Parts]] = {
     "runwayml/stable-diffusion-v1-5": sd15,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
@@ -356,6 +375,8 @@ PUBLISHED: dict[str, Callable[[], Parts]] = {
     "black-forest-labs/FLUX.2-klein-base-9B": flux2_klein_9b,
     "black-forest-labs/FLUX.2-klein-4B": partial(flux2_klein_4b, distilled=True),
     "black-forest-labs/FLUX.2-klein-9B": partial(flux2_klein_9b, distilled=True),
+    "Tongyi-MAI/Z-Image": partial(z_image, 6.0),
+    "Tongyi-MAI/Z-Image-Turbo": partial(z_image, 3.0),
     "Qwen/Qwen-Image": qwen_image,
     "Qwen/Qwen-Image-2512": qwen_image,
     f"{SANA_OWNER}/Sana_600M_512px_diffusers": partial(sana, 512, **SANA_600M),

@@ -87,8 +87,9 @@ def counting() -> list[str]:
     """Lines that let the scheduler be given σ, as `models.latent.count_steps`."""
     return [
         "begin = pipe.scheduler.set_timesteps  # the pipeline also gives σ, and this takes none",
+        "shifts = pipe.scheduler.config.use_dynamic_shifting",
         "pipe.scheduler.set_timesteps = lambda steps=None, device=None, sigmas=(), mu=None: begin(",
-        "    steps or len(sigmas), device, mu=mu)",
+        "    steps or len(sigmas), device, mu=mu if shifts else None)",
     ]
 
 
