@@ -417,6 +417,9 @@ def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
         "window, finetuned": cost(
             windows, lambda p: scene.ours(flow, 0.5, p, window=True, frozen_guess=False)
         ),
+        "window, no Jacobian": cost(
+            windows, lambda p: scene.ours(flow, 0.5, p, window=True, how=How("no-jacobian"))
+        ),
         "window, guess alone": cost(windows, lambda p: scene.ours(None, 0.5, p, window=True)),
     }
     assert found == {
@@ -428,6 +431,7 @@ def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
         "whole": (2 * transitions + paths * (3 * STEPS - 1), paths * (STEPS + 1)),
         "window": (5 * transitions + paths - 2, transitions + paths),
         "window, finetuned": (6 * transitions + 2 * paths - 2, transitions + paths),
+        "window, no Jacobian": (4 * transitions + paths - 1, transitions + paths),
         "window, guess alone": (5 * transitions - 2, transitions),
     }
 
