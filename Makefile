@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-flow test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
+.PHONY: demo demo-flow test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-flow proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=warmth
@@ -52,6 +52,10 @@ proofs: $(READY)  ## every method on every exact world, docs/proofs.md (an hour 
 
 proofs-pictures: $(READY)  ## every method beside the exact target on pictures, at an equal time: docs/frontier.md, runs/pictures (two hours on two cores; goes on where it stopped)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/frontier.py
+
+proofs-flow: $(READY)  ## two samplers on a flow model, docs/models.md; guesses that cost less, docs/methods.md (half an hour on two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/flow_samplers.py
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/guess_kinds.py
 
 proofs-demo: $(READY)  ## the demo's claims on three seeds, the gate at 50 steps (half an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m proof

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nablagfn.config import Config
 from nablagfn.core import kernels, rng
 from nablagfn.core.kernels import KernelTable
 from nablagfn.core.log_reward import LogReward
-from nablagfn.core.lookahead import attenuation, guess
+from nablagfn.core.lookahead import GRADIENT, GuessKind, How, attenuation, guess
 from nablagfn.core.rollout import rollout
 from nablagfn.core.types import Policy, Reward, Selection, Transitions
 from nablagfn.core.value_gradient import Evaluated, mean_square
@@ -52,7 +53,7 @@ class Scene:
         estimator = Guess(self.policy, self.log_reward, "squared")
         return MatchingObjective(self.policy, self.table, estimator, **options)
 
-    def residual_db(self, flow: torch.nn.Module, mode: str = "squared", **options: float):
+    def residual_db(self, flow: torch.nn.Module, mode: str = "squared", **options: Any):
         estimator = ResidualDB(self.policy, self.log_reward, mode, flow, **options)
         strength = options.get("strength", 1.0)
         return MatchingObjective(self.policy, self.table, estimator, strength=strength)
@@ -183,8 +184,10 @@ def test_reverse_score_is_the_gradient_of_log_prob(
     close(found, known)
 
 
-def separate_reverse_target(scene: Scene, mode: str, strength: float) -> Tensor:
-    """Two log-density gradients and the reward gradient, each by its own backward pass."""
+def separate_reverse_target(
+    scene: Scene, mode: str, strength: float, how: How = GRADIENT
+) -> Tensor:
+    """Two log-density gradients and the guess, each by its own backward pass."""
     batch, policy = scene.batch, scene.policy
     k = scene.table.at(batch.step, batch.x)
     x = batch.x.clone().requires_grad_()
@@ -198,8 +201,16 @@ def separate_reverse_target(scene: Scene, mode: str, strength: float) -> Tensor:
     ours = gradient(kernels.log_prob(x, batch.x_next, eps(), k))
     with policy.reference():
         reference = gradient(kernels.log_prob(x, batch.x_next, eps(), k))
-    images = policy.decode(kernels.predict_clean(x, eps(), k.here))
-    reward = gradient(scene.reward(images, batch.condition.prompts, batch.condition.metadata))
+    clean = kernels.predict_clean(x, eps(), k.here)
+    images = policy.decode(clean)
+    value = scene.reward(images, batch.condition.prompts, batch.condition.metadata).sum()
+    (reward,) = torch.autograd.grad(value, x if how.kind == "gradient" else clean)
+    if how.kind == "shifted":  # a shift small enough to be a derivative of what is predicted of x_N
+        step = 1e-6 / BETA
+        there = x + step * BETA * reward
+        moved = policy.output(there, k.here.time, batch.condition)
+        ends = kernels.predict_end(there, moved, k.here), kernels.predict_end(x, eps(), k.here)
+        reward = ((ends[0] - ends[1]) / (step * BETA)).detach()
     gamma = k.here.alpha_bar if mode == "squared" else k.here.alpha_bar**0.5
     return ours - strength * reference + BETA * gamma * reward
 
@@ -213,6 +224,32 @@ def test_one_backward_pass_gives_both_reverse_gradients(
     found = objective.estimator.reverse_target(objective.evaluate(scene.batch))
     assert not found.requires_grad
     close(found, separate_reverse_target(scene, mode, strength))
+
+
+@pytest.mark.parametrize(("kind", "rtol"), [("no-jacobian", 1e-8), ("shifted", 1e-4)])
+def test_the_reverse_condition_takes_the_guess_of_any_kind(
+    scene: Scene, flow: PlaneFlow, kind: GuessKind, rtol: float
+) -> None:
+    """The same guess at both ends of a step, so that g_φ is fitted to what it misses."""
+    how = How(kind, cap=1e-7)
+    objective = scene.residual_db(flow, how=how)
+    here = objective.evaluate(scene.batch)
+    found = objective.estimator.reverse_target(here)
+    known = separate_reverse_target(scene, "squared", 1.0, how)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, known, rtol=rtol, atol=rtol * float(known.abs().max()))
+    other = separate_reverse_target(scene, "squared", 1.0)
+    assert float((found - other).abs().max()) > 1e-3
+    ahead = guess(
+        scene.log_reward,
+        scene.policy,
+        scene.batch.x_next,
+        here.k,
+        scene.batch.condition,
+        "squared",
+        how,
+    )
+    assert torch.equal(here.ahead.guess, ahead.gradient)
 
 
 def test_one_backward_pass_gives_both_reverse_gradients_of_pictures(picture_scene: Scene) -> None:

@@ -14,7 +14,7 @@ from nablagfn.core.bellman import Backed, Pass, returns
 from nablagfn.core.counting import Counts, counted
 from nablagfn.core.kernels import KernelTable, Step
 from nablagfn.core.log_reward import LogReward, terminal_gradient
-from nablagfn.core.lookahead import Guessed, guess
+from nablagfn.core.lookahead import Guessed, How, guess
 from nablagfn.core.rollout import WindowChoice, rollout
 from nablagfn.core.types import (
     Condition,
@@ -279,6 +279,28 @@ def test_the_flow_s_loss_is_the_distance_of_v_from_the_return(
     close(scene.losses(estimator).terms["bellman"], mean_square(k.std * (known + learned - back)))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("lam", [0.0, 0.6])
+def test_the_flow_learns_what_a_guess_without_the_jacobian_misses(
+    scene: Scene, lam: float, frozen: bool
+) -> None:
+    """G_k less γβ∇r(x̂), with and without a sweep."""
+    flow, how = scene.flow(), How("no-jacobian")
+    estimator = scene.ours(flow, lam, frozen_guess=frozen, how=how)
+    signals = estimator.prepare(scene.chosen)
+    batch = scene.chosen.transitions(signals)
+    k = scene.table.at(batch.step, batch.x)
+    v = signals.return_next if lam else estimator.value(batch.x_next, k, batch.condition)
+    back = pull_back(scene.world, batch.x, k, batch.condition, v)
+    with scene.world.reference() if frozen else nullcontext(), torch.no_grad():
+        eps = scene.world.output(batch.x, k.here.time, batch.condition)
+    clean = kernels.predict_clean(batch.x, eps, k.here).requires_grad_()
+    (slope,) = torch.autograd.grad(scene.log_reward(clean, batch.condition).sum(), clean)
+    known = k.here.alpha_bar * slope
+    learned = flow(batch.x, k.here.time, batch.condition)
+    close(scene.losses(estimator).terms["bellman"], mean_square(k.std * (known + learned - back)))
+
+
 def test_the_hint_is_the_guess_s_x_clean_at_both_ends(scene: Scene) -> None:
     """g_φ sees x̂_#(x_{k+1}) for v̂ and x̂_#(x_k) for its own loss; at the clean end x itself."""
     seen: list[Tensor] = []
@@ -395,6 +417,9 @@ def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
         "window, finetuned": cost(
             windows, lambda p: scene.ours(flow, 0.5, p, window=True, frozen_guess=False)
         ),
+        "window, no Jacobian": cost(
+            windows, lambda p: scene.ours(flow, 0.5, p, window=True, how=How("no-jacobian"))
+        ),
         "window, guess alone": cost(windows, lambda p: scene.ours(None, 0.5, p, window=True)),
     }
     assert found == {
@@ -406,6 +431,7 @@ def test_the_documented_cost_is_what_is_counted(scene: Scene) -> None:
         "whole": (2 * transitions + paths * (3 * STEPS - 1), paths * (STEPS + 1)),
         "window": (5 * transitions + paths - 2, transitions + paths),
         "window, finetuned": (6 * transitions + 2 * paths - 2, transitions + paths),
+        "window, no Jacobian": (4 * transitions + paths - 1, transitions + paths),
         "window, guess alone": (5 * transitions - 2, transitions),
     }
 

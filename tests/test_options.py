@@ -215,6 +215,12 @@ def policy(value: object, look: Callable[[Any], object]) -> Effect:
 
 GUARDED = {"guard.min_diversity": 0.8}
 DRAWN = {"guard.max_held_out_drop": 1.0, "evaluation.held_out_rewards": ("contrast",)}
+FLOW_SDE = {
+    "pretrained__model": "worlds/ring-flow",
+    "experiment__reward_fn": "worlds/ring-flow",
+    "experiment__prompt_fn": "worlds/ring-flow",
+    "sampling__scheduler": "flow-sde",
+}
 EFFECTS = {
     "seed": world(1),
     "training.source": world("pool", model__unet_reg_scale=0.0),
@@ -329,6 +335,7 @@ EFFECTS = {
     "reward.zeroth_order_grid": pictures(2, ESTIMATED),
     "sampling.num_steps": world(4),
     "sampling.eta": world(0.5, sampling__scheduler="ddim"),
+    "sampling.sde_noise": world(0.5, **FLOW_SDE),
     "sampling.guidance_scale": pictures(2.0),
     "sampling.height": policy(32, lambda made: made.sample_shape),
     "sampling.width": policy(32, lambda made: made.sample_shape),

@@ -763,6 +763,7 @@ def test_a_buffer_that_never_fills_is_refused(tmp_path: Path) -> None:
         KINDS[0].trainer(method_config("ddpo", tmp_path, **{"method.prompt_min_count": 40}))
 
 
+NOT_SLOPING = sorted(set(METHODS) - {"nabla-db", "nabla-db-lambda"})
 NOT_SWEEPING = sorted(set(METHODS) - {"adjoint-matching", "nabla-db-lambda"})
 
 
@@ -774,6 +775,15 @@ NOT_SWEEPING = sorted(set(METHODS) - {"adjoint-matching", "nabla-db-lambda"})
             (name, {"method.mirror": True}, "mirror=True has no use")
             for name in METHODS
             if name != "nabla-db-lambda"
+        ),
+        *(
+            (name, {"method.guess": "no-jacobian"}, "guess=no-jacobian has no")
+            for name in NOT_SLOPING
+        ),
+        (
+            "nabla-db-lambda",
+            {"method.guess": "shifted", "method.return_lambda": 1.0},
+            "no gradient of a guess",
         ),
         ("nabla-db-lambda", {"method.clip_quantile": 0.9}, "leave it at 1"),
         ("nabla-db-lambda", {"method.mirror": True, "method.window": 2}, "window=0"),
@@ -797,9 +807,20 @@ COSTS = {  # model and decode evaluations per path of docs/methods.md, by N = n,
     ("nabla-db", ""): lambda n, k, c: (7 * n - 2, 2 * n),
     ("nabla-db", "model.no_flow=1"): lambda n, k, c: (5 * n - 2, n),
     ("nabla-db", "model.reverse_loss_scale=0"): lambda n, k, c: (5 * n - 2, n),
+    # without the guess's backward pass, n − 1 fewer: at x_N there is none
+    ("nabla-db", "method.guess=no-jacobian"): lambda n, k, c: (6 * n - 1, 2 * n),
+    ("nabla-db", "method.guess=shifted"): lambda n, k, c: (8 * n - 2, 2 * n),  # n at x_k, too
+    ("nabla-db", "method.guess=no-jacobian model.no_flow=1"): lambda n, k, c: (4 * n - 1, n),
     ("nabla-db-lambda", ""): lambda n, k, c: (6 * n - 2, 2 * n),
+    ("nabla-db-lambda", "method.guess=no-jacobian"): lambda n, k, c: (5 * n - 1, 2 * n),
+    ("nabla-db-lambda", "method.guess=shifted"): lambda n, k, c: (7 * n - 2, 2 * n),
+    ("nabla-db-lambda", "method.guess=no-jacobian model.no_flow=1"): lambda n, k, c: (4 * n - 1, n),
     ("nabla-db-lambda", "method.mirror=1"): lambda n, k, c: (8 * n - 4, 3 * n),
     ("nabla-db-lambda", "method.return_lambda=0.5"): lambda n, k, c: (5 * n - 1, n + 1),
+    ("nabla-db-lambda", "method.guess=no-jacobian method.return_lambda=0.5"): lambda n, k, c: (
+        4 * n,
+        n + 1,
+    ),
     ("nabla-db-lambda", "method.return_lambda=1"): lambda n, k, c: (4 * n - 1, 1),
     ("nabla-db-pool", ""): lambda n, k, c: (4 * n - 1, 1),  # 2n − 1 of it back along the pool
     ("reward-weighted", "pool.renoise=0"): lambda n, k, c: (2 * n, 1),
@@ -821,14 +842,14 @@ def test_the_cost_of_every_method_is_known() -> None:
 
 @pytest.mark.parametrize(("method", "option"), COSTS)
 def test_costs_are_those_of_the_documents(method: str, option: str, tmp_path: Path) -> None:
-    key, _, value = option.partition("=")
+    given = [pair.partition("=") for pair in option.split()]
     options = {
         "sampling.num_steps": 7,
         "model.timestep_fraction": 1.0,
         "training.num_epochs": 1,
         "method.draft_steps": 4,
         "method.draft_lv_samples": 3,
-        **({key: value} if key else {}),
+        **{key: value for key, _, value in given},
     }
     trainer = KINDS[0].trainer(method_config(method, tmp_path, **options))
     trainer.fit()

@@ -6,13 +6,16 @@ from typing import Any
 
 from .config import Config
 
-SAMPLER = ("num_steps", "eta", "guidance_scale", "scheduler", "spacing", "final_sigma")
+SAMPLER = ("num_steps", "eta", "guidance_scale", "scheduler", "spacing", "final_sigma", "sde_noise")
 
 
 def drawn_with(config: Config) -> dict[str, Any]:
     """model, sampler and reward, as JSON has them: equal for samples that may be compared."""
+    sampler = config.sampling.model_dump(mode="json", include=set(SAMPLER))
+    if config.sampling.sde_noise == type(config.sampling)().sde_noise:
+        del sampler["sde_noise"]  # as in files from before there was such an option
     return {
         "model": [config.pretrained.model, config.pretrained.revision],
-        "sampler": config.sampling.model_dump(mode="json", include=set(SAMPLER)),
+        "sampler": sampler,
         "reward": [config.experiment.reward_fn, config.reward.model_dump(mode="json")],
     }

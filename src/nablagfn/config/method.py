@@ -39,8 +39,8 @@ class MethodSettings(Group):
         "gradient",
         description="how the reward guess gets from ∇r(x̂) to x: gradient (back through the model), "
         "shifted (the model once more at x + a·β∇r: exact for linear rewards, no backward pass) or "
-        "no-jacobian (∇r(x̂) itself); for nabla-db with no_flow, and nabla-db-lambda with a window "
-        "or without g_φ",
+        "no-jacobian (∇r(x̂) itself, also without a backward pass); for nabla-db and "
+        "nabla-db-lambda",
     )
     shift_cap: float = Field(
         1.0,

@@ -14,6 +14,13 @@ class Sampling(Group):
 
     num_steps: int = Field(50, ge=2, le=1000, description="N: denoising steps")
     eta: float = Field(1.0, gt=0, le=1, description="DDIM η; 1 is DDPM (exact); ddim only")
+    sde_noise: float = Field(
+        0.7,
+        gt=0,
+        le=2,
+        description="a, the noise of flow-sde (its authors' 0.7) and of cps (at most 1); flow-sde "
+        "forgets its first noise at √2",
+    )
     guidance_scale: float = Field(
         5.0, ge=1, description="classifier-free guidance; 1 switches it off (half the cost)"
     )
@@ -37,8 +44,9 @@ class Sampling(Group):
     scheduler: Annotated[str, Name] = Field(
         "ddpm",
         min_length=1,
-        description="ddim (with sampling.eta), ddpm, dpm-solver (SDE-DPM-Solver++), or "
-        "package.module:object for your own",
+        description="ddim (with sampling.eta), ddpm, dpm-solver (SDE-DPM-Solver++); of flow models "
+        "also flow-sde and cps, Flow-GRPO's (with sampling.sde_noise), which do not lead to "
+        "p_pretrained·exp(βr); or package.module:object for your own",
     )
     spacing: Annotated[Literal["leading", "trailing", "logsnr", "angle"], Lower] = Field(
         "leading",

@@ -1,13 +1,13 @@
 """Gaussian denoising kernels p(x_{k+1} | x_k) = N(on_x·x + on_clean·x̂, std²) and their algebra.
 
-With x_k = α_k·x_clean + σ_k·noise, one formula serves every sampler:
+With x_k = α_k·x_clean + σ_k·noise, one formula serves most samplers:
 
     std = η·σ'·√(1 − (ασ'/(α'σ))²),   on_x = √(σ'² − std²)/σ,   on_clean = α' − α·on_x
 
 η = 1 is the DDPM posterior and first-order SDE-DPM-Solver++ (Lu et al. 2022, eq. 18), η in between
 DDIM(η) (Song et al. 2021, eq. 12 and 16), and η = 0 the probability-flow step, Euler's of a flow
-model with α = 1 − t, σ = t. A sampler is therefore a time grid and an η. The formula is finite at
-α = 0. A network's output u is an affine function of x̂, so the mean is c1·x + c2·u for all of them.
+model with α = 1 − t, σ = t. The formula is finite at α = 0. Other samplers have other coefficients
+(`rules`). A network's output u is an affine function of x̂, so the mean is c1·x + c2·u for all.
 
 Tables are built in float64; all functions keep the dtype of x (float32 or float64).
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .rules import Rule, posterior
 from .schedules import Prediction, Schedule, clean_of_output
 
 
@@ -223,36 +224,27 @@ def bridge(scale: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     return on_x, a_next - a * on_x
 
 
-def kernel_table(schedule: Schedule, eta: float, prediction: Prediction) -> KernelTable:
-    """The kernels of a time grid at η in 0..1.
+def kernel_table(
+    schedule: Schedule, amount: float, prediction: Prediction, rule: Rule = posterior
+) -> KernelTable:
+    """The kernels of a time grid. amount: of the noise that the rule draws, the posterior's η.
 
-    Raises ValueError for another η, an unknown prediction, where a step with η > 0 would have no
-    noise (its density would not exist), and for an ε-prediction at α = 0, which says nothing of x̂.
+    Raises ValueError for what the rule cannot have, for an unknown prediction, and for an
+    ε-prediction at α = 0, which says nothing of x̂.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in 0..1, got {eta}")
-    if eta > 0 and not bool(schedule.sigma[-1] > 0):
-        raise ValueError(
-            "the last level has no noise: without any the last step has no density, "
-            "and only eta = 0 can end there"
-        )
+    found = rule(schedule, amount)
     if prediction == "epsilon" and not bool(schedule.alpha[0] > 0):
         raise ValueError(
             "an ε-prediction cannot start at zero signal (α = 0), where ε says nothing of the "
             "clean sample: start a step later, or take a model that predicts v"
         )
-    alpha, sigma = schedule.alpha[:-1], schedule.sigma[:-1]
-    alpha_next, sigma_next = schedule.alpha[1:], schedule.sigma[1:]
-    ratio = alpha * sigma_next / (alpha_next * sigma)
-    fresh = eta**2 * (1 - ratio) * (1 + ratio)  # share of σ'² that is drawn anew
-    on_x = (1 - fresh).clamp(min=0).sqrt() * sigma_next / sigma
     return KernelTable(
         schedule=schedule,
         prediction=prediction,
         clean=clean_of_output(schedule, prediction),
-        on_x=on_x,
-        on_clean=alpha_next - alpha * on_x,
-        std=fresh.sqrt() * sigma_next,
+        on_x=found.on_x,
+        on_clean=found.on_clean,
+        std=found.std,
     )
 
 

@@ -4,7 +4,7 @@ Three ways from ∇r to a gradient at x, with β·γ·…:
 
     gradient      J_x̂ᵀ ∇r(x̂(x))                                (Liu et al. 2025)
     shifted       [ E[x_N|x + h·β∇r] − E[x_N|x] ]/h,  h = s²/a      x = a·x_N + s·noise
-    no-jacobian   ∇r(x̂(x))
+    no-jacobian   ∇r(x̂(x))                                     (VGG-Flow, Liu et al. 2025b)
 
 Tilting by a linear reward shifts what was observed: for it the shifted one is exact with any prior,
 also where that has several modes, which a gradient cannot see. The first is its limit h → 0. It
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .log_reward import LogReward
+from .log_reward import LogReward, terminal_gradient
 from .types import Condition, Policy, beside
 from .value_gradient import mean_square
 
@@ -138,17 +138,55 @@ def _without_backward(
     leaf = x_clean.detach().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(log_reward.at_next(leaf, k, condition).sum(), leaf)
-    found = slope
-    if how.kind == "shifted":
-        found = shifted(
-            slope,
-            k.next,
-            how.cap,
-            lambda shift: predicted_clean(policy, x + shift, k, condition) - x_clean,
-        )
-    found = attenuation(k.next.alpha_bar, mode) * found
+    found = of_slope(
+        slope,
+        k.next,
+        mode,
+        how,
+        lambda shift: predicted_clean(policy, x + shift, k, condition) - x_clean,
+    )
     last = k.last.reshape(-1, *([1] * (x.ndim - 1)))
     return Guessed(torch.where(last, slope, found), x_clean)
+
+
+def guess_here(
+    log_reward: LogReward,
+    policy: Policy,
+    x: Tensor,
+    x_clean: Tensor,
+    k: kernels.Step,
+    condition: Condition,
+    mode: Attenuation,
+    how: How,
+) -> Tensor:
+    """The guess at x = x_k, [M, ...], by a kind that needs no backward pass; detached.
+
+    x_clean: x̂(x), known already. The shift, if any, is seen by the policy as it is: the pretrained
+    model inside `policy.reference()`.
+    """
+    x, x_clean = x.detach(), x_clean.detach()
+
+    def change(shift: Tensor) -> Tensor:
+        output = policy.output(x + shift, k.here.time, condition)
+        return kernels.predict_clean(x + shift, output, k.here) - x_clean
+
+    slope = terminal_gradient(log_reward, x_clean, condition)
+    return of_slope(slope, k.here, mode, how, change)
+
+
+def of_slope(
+    slope: Tensor,
+    level: kernels.Level,
+    mode: Attenuation,
+    how: How,
+    change: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """γ times the guess of a kind that needs no backward pass, [M, ...], from slope = β∇r(x̂).
+
+    change: x̂(x + shift) − x̂(x), for the shifted one.
+    """
+    found = shifted(slope, level, how.cap, change) if how.kind == "shifted" else slope
+    return attenuation(level.alpha_bar, mode) * found
 
 
 def shifted(

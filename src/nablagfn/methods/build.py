@@ -5,11 +5,13 @@ from __future__ import annotations
 from ..config import Config, ConfigError
 from ..core.grids import times_of
 from ..core.kernels import KernelTable, kernel_table
-from ..core.schedules import schedule_of
+from ..core.rules import RULES, Rule, is_straight
+from ..core.samplers import find_sampler
+from ..core.schedules import Schedule, schedule_of
 from ..core.types import Objective, Policy
 from ..rewards import require_gradient
 from .parts import Parts
-from .registry import check_method, eta_of_run, find_method
+from .registry import amount_of_run, check_method, find_method
 
 
 def build_kernel(config: Config, policy: Policy) -> KernelTable:
@@ -19,7 +21,8 @@ def build_kernel(config: Config, policy: Policy) -> KernelTable:
     try:
         times = times_of(s, policy)
         schedule = schedule_of(policy.noising, times, s.final_sigma)
-        table = kernel_table(schedule, eta_of_run(config), policy.prediction)
+        rule = _rule(config, schedule)
+        table = kernel_table(schedule, amount_of_run(config), policy.prediction, rule)
     except ConfigError:  # names its key
         raise
     except ValueError as error:
@@ -33,6 +36,18 @@ def build_kernel(config: Config, policy: Policy) -> KernelTable:
             "which the sampler starts, so that the LoRA would never act: give more"
         )
     return table
+
+
+def _rule(config: Config, schedule: Schedule) -> Rule:
+    """How the sampler's steps follow from the times. Raises ConfigError for one of flow models
+    with another model."""
+    sampler = find_sampler(config.sampling.scheduler)
+    if sampler.flows_only and not is_straight(schedule):
+        raise ConfigError(
+            f"config.sampling.scheduler={sampler.name} is for flow models (α = 1 − σ), and "
+            f"{config.pretrained.model} is none: take ddpm, ddim or dpm-solver"
+        )
+    return RULES[sampler.rule] if isinstance(sampler.rule, str) else sampler.rule
 
 
 def build_objective(parts: Parts) -> Objective:

@@ -21,11 +21,6 @@ def build(p: Parts) -> Objective:
             how=p.how,
         )
         return p.matching(guess, p.weight("one"))
-    if p.how.kind != "gradient":
-        raise ConfigError(
-            f"config.method.guess={p.how.kind} is for nabla-db with config.model.no_flow=True: the "
-            "published reverse loss takes the gradient"
-        )
     if p.frozen_guess(False):
         raise ConfigError(
             "config.method.guess_model=pretrained is for nabla-db-lambda, or nabla-db with "
@@ -38,5 +33,6 @@ def build(p: Parts) -> Objective:
         p.flow(),
         reverse_scale=m.reverse_loss_scale,
         strength=m.pretrained_strength,
+        how=p.how,
     )
     return p.matching(estimator, p.weight("one"))

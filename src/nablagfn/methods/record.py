@@ -51,7 +51,8 @@ class Method:
     build: from `Parts` to the objective, or "module:function", imported when it is first used.
     has_prior: it holds on to the pretrained model, so that β changes its result. alive: its graphs.
     learns_flow: whether g_φ is built. guesses: it scores predicted clean samples, for which
-    `model.guess_decoder` may stand in. uneven: why processes would make different numbers of
+    `model.guess_decoder` may stand in. slopes: whether it takes the gradient of that score, which
+    `method.guess` says how. uneven: why processes would make different numbers of
     passes, so that the model cannot be sharded over them; empty where they make the same. sources:
     what `training.source` may be. sweeps: whether v̂ of all of an update's transitions is known at
     once, for `method.clip_quantile`. mirrors: whether v̂ may be taken at the mirror image of a
@@ -65,6 +66,7 @@ class Method:
     alive: Callable[[Config], Alive]
     learns_flow: Callable[[Config], bool] = never
     guesses: bool = False
+    slopes: Callable[[Config], bool] = never
     uneven: Callable[[Config], str] = even
     sources: tuple[str, ...] = ("paths",)
     sweeps: Callable[[Config], bool] = never

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config, ConfigError
 from ..config.dotted import find_object
-from ..core.samplers import eta_of
+from ..core.samplers import amount_of, find_sampler, forgets
 from .record import Aim, Alive, Method
 
 KEY = "config.experiment.method"
@@ -48,6 +48,15 @@ def _lambda_uneven(config: Config) -> str:
     )
 
 
+def _lambda_guesses(config: Config) -> bool:
+    """The lean adjoint of whole paths starts from the reward at their ends, and never guesses."""
+    return config.method.window > 0 or config.method.return_lambda < 1
+
+
+def always(config: Config) -> bool:
+    return True
+
+
 def uneven(config: Config) -> str:
     """Say that a method's passes depend on the steps that a process drew."""
     same = ", ".join(name for name, method in METHODS.items() if method.uneven is not uneven)
@@ -67,6 +76,7 @@ METHODS = {
             alive=lambda config: Alive(1, 1, kept=with_flow(config)),
             learns_flow=with_flow,
             guesses=True,
+            slopes=always,
             sources=EITHER,
         ),
         Method(
@@ -91,6 +101,7 @@ METHODS = {
             alive=_lambda_alive,
             learns_flow=_lambda_learns,
             guesses=True,
+            slopes=_lambda_guesses,
             uneven=_lambda_uneven,
             sources=EITHER,
             sweeps=_lambda_sweeps,
@@ -103,7 +114,7 @@ METHODS = {
             alive=lambda config: Alive(0, 1),
             uneven=uneven,
             sources=EITHER,
-            sweeps=lambda config: True,
+            sweeps=always,
         ),
         Method(
             "terminal-gradient",
@@ -150,7 +161,7 @@ METHODS = {
             build=f"{OBJECTIVES}.dag_db:build",
             has_prior=True,
             alive=lambda config: Alive(None, 1),
-            learns_flow=lambda config: True,
+            learns_flow=always,
             guesses=True,
             uneven=uneven,
         ),
@@ -189,19 +200,27 @@ def target_of(config: Config, factor: float = 1.0) -> Aim:
             f"with config.model.pretrained_strength={strength:g} the target is another than "
             "p_pretrained·exp(βr), which needs 1",
         )
+    misses = find_sampler(config.sampling.scheduler).misses
+    if misses:
+        return Aim(
+            None,
+            f"config.sampling.scheduler={config.sampling.scheduler} does not lead to "
+            f"p_pretrained·exp(βr): {misses}. ddpm does",
+        )
     return Aim(config.model.reward_scale * factor)
 
 
-def eta_of_run(config: Config) -> float:
-    """η of the run's paths: 0 for a method that draws them without noise."""
-    noisy = eta_of(config.sampling)
+def amount_of_run(config: Config) -> float:
+    """How much noise the run's paths have (`samplers.amount_of`): 0 for a method that draws them
+    without any."""
+    noisy = amount_of(config.sampling)
     return 0.0 if find_method(config.experiment.method).ode else noisy
 
 
 def check_settings(config: Config) -> None:
     """Raises ConfigError, one line, for settings that contradict each other or name what is not."""
     config.check()
-    eta_of(config.sampling)
+    amount_of(config.sampling)
     check_method(config)
 
 
@@ -223,8 +242,13 @@ def check_method(config: Config) -> None:
 
 
 def check_estimate(config: Config, method: Method) -> None:
-    """Raises ConfigError for ways to a calmer v̂ that the method has not."""
+    """Raises ConfigError for ways to v̂ that the method has not."""
     m = config.method
+    if m.guess != "gradient" and not method.slopes(config):
+        raise ConfigError(
+            f"config.method.guess={m.guess} has no use in {KEY}={method.name} with these settings, "
+            "which takes no gradient of a guess: leave it out, or take nabla-db or nabla-db-lambda"
+        )
     if m.clip_quantile < 1 and not method.sweeps(config):
         raise ConfigError(
             f"config.method.clip_quantile={m.clip_quantile:g} has no use in {KEY}={method.name} "
@@ -298,10 +322,11 @@ def check_source(config: Config, method: Method) -> None:
             "parameters that drew the samples, and a pool's were drawn by others: set "
             "config.model.unet_reg_scale=0"
         )
-    if eta_of(config.sampling) != 1:
+    if not forgets(config.sampling):
         raise ConfigError(
-            f"config.sampling.eta={config.sampling.eta:g} does not go with a pool, whose paths "
-            "must forget their noise: set config.sampling.eta=1"
+            f"config.sampling.scheduler={config.sampling.scheduler} with config.sampling.eta="
+            f"{config.sampling.eta:g} does not go with a pool, whose paths must forget their "
+            "noise: set config.sampling.eta=1 and config.sampling.scheduler=ddpm"
         )
 
 

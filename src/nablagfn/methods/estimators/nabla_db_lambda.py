@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...config import ConfigError
 from ...core import kernels
 from ...core.bellman import Backed, Pass, Returns, ReturnSignals, adjoint, returns, sweep
 from ...core.kernels import KernelTable, Step
@@ -28,8 +27,9 @@ from ...core.lookahead import (
     How,
     attenuation,
     guess,
+    guess_here,
+    of_slope,
     row_attenuation,
-    shifted,
 )
 from ...core.rollout import WindowChoice
 from ...core.types import NO_SIGNALS, Condition, Objective, Policy, Selection, Signals, Transitions
@@ -147,14 +147,12 @@ class NablaDBLambda(Estimator):
         """The guess at x_k, [B, ...], detached; slope: β∇r(x̂)."""
         if self.how.kind == "gradient":
             return here.product([x_clean], [gamma * slope])
-        if self.how.kind == "no-jacobian":
-            return gamma * slope
 
         def change(shift: Tensor) -> Tensor:
             there = Pass.at(self.policy, here.x + shift, here.k, here.condition, frozen=here.frozen)
             return there.x_clean().detach() - x_clean.detach()
 
-        return gamma * shifted(slope, here.k.here, self.how.cap, change)
+        return of_slope(slope, here.k.here, self.mode, self.how, change)
 
     def ahead(self, batch: Transitions, k: Step, x: Tensor, output_ref: Tensor) -> Ahead:
         """Without a sweep v̂(x_{k+1}), and g_φ's target where it needs no ε_θ(x_k)."""
@@ -196,12 +194,18 @@ class NablaDBLambda(Estimator):
     ) -> Tensor:
         """G_k − β·γ_k·∇r(x̂_#(x_k)), detached, [M, ...]; frees the graph of ε_#(x_k).
 
-        Both terms pass through it: one backward pass with both cotangents.
+        Both terms of a guess by gradient pass through it: one backward pass with both cotangents.
         """
         with torch.enable_grad():
             x_clean = kernels.predict_clean(x, output_ref, k.here)
-            value = self.log_reward(x_clean, batch.condition)
             m = kernels.mean(x, output_ref, k)
+        if self.how.kind != "gradient":
+            with self.policy.reference():
+                known = self._guess_here(x, x_clean, k, batch.condition)
+                (back,) = torch.autograd.grad(m, x, v)
+            return back - known
+        with torch.enable_grad():
+            value = self.log_reward(x_clean, batch.condition)
         with self.policy.reference():
             (rest,) = torch.autograd.grad(
                 (m, value), x, (v, -row_attenuation(k.here.alpha_bar, self.mode, value))
@@ -210,14 +214,27 @@ class NablaDBLambda(Estimator):
 
     def _target(self, here: Evaluated, v: Tensor) -> Tensor:
         """The same with the finetuned model's guess at x_k."""
+        known = self._tuned_guess(here)
         with torch.enable_grad():
-            value = self.log_reward(self._x_clean(here), here.batch.condition)
             m = kernels.mean(here.x, here.output_ref, here.k)
-        gamma = row_attenuation(here.k.here.alpha_bar, self.mode, value)
-        (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
         with self.policy.reference():
             (back,) = torch.autograd.grad(m, here.x, v)
         return back - known
+
+    def _tuned_guess(self, here: Evaluated) -> Tensor:
+        """The finetuned model's guess at x_k, detached, [M, ...]; its graph is kept for θ."""
+        if self.how.kind != "gradient":
+            return self._guess_here(here.x, self._x_clean(here), here.k, here.batch.condition)
+        with torch.enable_grad():
+            value = self.log_reward(self._x_clean(here), here.batch.condition)
+        gamma = row_attenuation(here.k.here.alpha_bar, self.mode, value)
+        (known,) = torch.autograd.grad(value, here.x, gamma, retain_graph=True)
+        return known
+
+    def _guess_here(self, x: Tensor, x_clean: Tensor, k: Step, condition: Condition) -> Tensor:
+        return guess_here(
+            self.log_reward, self.policy, x, x_clean, k, condition, self.mode, self.how
+        )
 
     def _learned(self, x: Tensor, time: Tensor, condition: Condition, x_clean: Tensor) -> Tensor:
         """g_φ, detached, [M, ...]; zero without one."""
@@ -247,11 +264,6 @@ def build(p: Parts) -> Objective:
     """The method nabla-db-lambda."""
     m, weight = p.config.method, p.weight("std")
     learns = find_method("nabla-db-lambda").learns_flow(p.config)
-    if p.how.kind != "gradient" and learns and not (m.window or m.return_lambda):
-        raise ConfigError(
-            f"config.method.guess={p.how.kind} is for nabla-db-lambda with a sweep: set "
-            "config.method.window"
-        )
     estimator = NablaDBLambda(
         p.policy,
         p.log_reward,

@@ -6,7 +6,7 @@ the reverse and the terminal condition.
     terminal:  g_φ(x_N) = 0
 
 The first two terms of the reverse condition are vector-Jacobian products, detached: they give θ
-no gradient.
+no gradient. The guess may be of another kind (`lookahead`); g_φ then learns what that one misses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core import kernels
 from ...core.log_reward import LogReward
-from ...core.lookahead import Attenuation, guess, row_attenuation
+from ...core.lookahead import GRADIENT, Attenuation, How, guess, guess_here, row_attenuation
 from ...core.types import Policy, Transitions
 from ...core.value_gradient import Ahead, Estimate, Estimator, Evaluated, mean_square
 
@@ -49,7 +49,7 @@ class ResidualAhead(Ahead):
 
 class ResidualDB(Estimator):
     """The paper's estimator. reverse_scale: w_B, at 0 the reverse condition is not evaluated;
-    strength: s multiplies log p_# only.
+    strength: s multiplies log p_# only. how: the guess is made.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ResidualDB(Estimator):
         *,
         reverse_scale: float = 1.0,
         strength: float = 1.0,
+        how: How = GRADIENT,
     ) -> None:
         self.policy = policy
         self.log_reward = log_reward
@@ -68,6 +69,7 @@ class ResidualDB(Estimator):
         self.flow = flow
         self.reverse_scale = reverse_scale
         self.strength = strength
+        self.how = how
         self.needs_input_graph = reverse_scale > 0
         self.modules = nn.ModuleDict({"flow": flow})
 
@@ -79,7 +81,9 @@ class ResidualDB(Estimator):
         if self.needs_input_graph:
             with self.policy.reference():
                 score_ref = reverse_score(x, batch.x_next, output_ref, k)
-        guessed = guess(self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode)
+        guessed = guess(
+            self.log_reward, self.policy, batch.x_next, k, batch.condition, self.mode, self.how
+        )
         return ResidualAhead(guessed.gradient, score_ref)
 
     def __call__(self, here: Evaluated) -> Estimate:
@@ -110,15 +114,28 @@ class ResidualDB(Estimator):
     def reverse_target(self, here: Evaluated) -> Tensor:
         """∇_{x_k}[log p_θ − s·log p_#](x_{k+1}|x_k) + β·γ·∇r(x̂_θ(x_k)), detached, [M, ...].
 
-        The score of θ and the reward gradient share ε_θ(x_k): one backward pass with the summed
+        The score of θ and a guess by gradient share ε_θ(x_k): one backward pass with the summed
         cotangent serves both.
         """
         batch, k = here.batch, here.k
+        assert isinstance(here.ahead, ResidualAhead) and here.ahead.score_ref is not None
         m = kernels.mean(here.x, here.output, k)
         x_clean = kernels.predict_clean(here.x, here.output, k.here)
-        value = self.log_reward(x_clean, batch.condition)
-        gamma = row_attenuation(k.here.alpha_bar, self.mode, value)
-        cotangents = (reverse_cotangent(batch.x_next, m, k), gamma)
-        (shared,) = torch.autograd.grad((m, value), here.x, cotangents, retain_graph=True)
-        assert isinstance(here.ahead, ResidualAhead) and here.ahead.score_ref is not None
-        return shared - self.strength * here.ahead.score_ref
+        outputs, cotangents = [m], [reverse_cotangent(batch.x_next, m, k)]
+        if self.how.kind == "gradient":
+            value = self.log_reward(x_clean, batch.condition)
+            outputs.append(value)
+            cotangents.append(row_attenuation(k.here.alpha_bar, self.mode, value))
+        (found,) = torch.autograd.grad(outputs, here.x, cotangents, retain_graph=True)
+        if self.how.kind != "gradient":
+            found = found + guess_here(
+                self.log_reward,
+                self.policy,
+                here.x,
+                x_clean,
+                k,
+                batch.condition,
+                self.mode,
+                self.how,
+            )
+        return found - self.strength * here.ahead.score_ref
