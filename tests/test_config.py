@@ -15,7 +15,8 @@ import nablagfn
 from nablagfn.cli import build_parser, resolve_config
 from nablagfn.commands.assemble import check_names
 from nablagfn.config import Config, ConfigError, describe, flatten, merge, set_option
-from nablagfn.methods.registry import find_method
+from nablagfn.families import find_family
+from nablagfn.methods.registry import check_settings, find_method
 from nablagfn.prompts import PromptSet, load_prompts, read_prompts
 from nablagfn.recipes.options import apply_overrides, load_config, packaged
 
@@ -122,7 +123,26 @@ def test_named_runs_have_the_paper_s_settings(
     assert config.updates_per_epoch() == 2  # 100 epochs are 200 updates
 
 
-@pytest.mark.parametrize("name", [*RUNS, "demo", "warmth", "warmth_flow"])
+LARGE = {
+    "sdxl": "sdxl",
+    "sd35": "sd3",
+    "flux": "flux",
+    "flux2_klein": "flux2",
+    "qwen_image": "qwen-image",
+    "z_image": "z-image",
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_recipes_of_large_models_are_of_their_family_and_consistent(name: str) -> None:
+    config = load_config(name)
+    config.check()
+    check_settings(config)
+    assert find_family(config).name.startswith(LARGE[name])  # by the hub name, without a network
+    assert config.updates_per_epoch() == 1
+
+
+@pytest.mark.parametrize("name", [*RUNS, "demo", "warmth", "warmth_flow", *LARGE])
 def test_config_files_of_the_repository_are_the_packaged_ones(name: str) -> None:
     file = Path(__file__).parent.parent / "config" / f"{name}.py"
     assert load_config(str(file)) == load_config(name)
@@ -387,7 +407,7 @@ def test_any_config_path_gives_one_line(spec: str) -> None:
 
 
 def test_packaged_names() -> None:
-    assert {*RUNS, "demo", "warmth", "warmth_flow"} <= set(packaged())
+    assert {*RUNS, "demo", "warmth", "warmth_flow", *LARGE} <= set(packaged())
 
 
 # -------------------------------------------------------------------------------- prompt files

@@ -15,7 +15,7 @@ from nablagfn.core.kernels import KernelTable, kernel_table
 from nablagfn.core.rules import Rule, cps, flow_sde, posterior
 from nablagfn.core.samplers import SAMPLERS, amount_of, forgets
 from nablagfn.core.schedules import DiscreteNoising, LinearNoising, Schedule, schedule_of
-from nablagfn.families.stable_diffusion import stock_sampler
+from nablagfn.families.stable_diffusion import STABLE_DIFFUSION
 from nablagfn.methods.build import build_kernel
 from nablagfn.methods.registry import check_settings, target_of
 from nablagfn.recipes.options import load_config
@@ -205,4 +205,4 @@ def test_one_line_says_what_does_not_go(
 
 def test_diffusers_has_no_such_scheduler() -> None:
     with pytest.raises(ConfigError, match="nablagfn sample"):
-        stock_sampler(config_of("ring-flow", sampling__scheduler="flow-sde"))
+        STABLE_DIFFUSION.stock_sampler(config_of("ring-flow", sampling__scheduler="flow-sde"))

@@ -97,6 +97,10 @@ def encoders_of(policy: LatentPolicy) -> list[nn.Module]:
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+    for name, kept in module.named_buffers():
+        if kept.is_floating_point():  # as from_pretrained does
+            owner, _, own = name.rpartition(".")
+            setattr(module.get_submodule(owner), own, kept.to(dtype))
 
 
 def _reward(config: Config, place: torch.device) -> NamedReward:
