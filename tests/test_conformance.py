@@ -50,10 +50,10 @@ def config_of(name: str, model: Path | str = "unused") -> Config:
 
 
 def latent_model(name: str) -> type[LatentModel]:
-    return FAMILIES[name].load.__self__.latent_model  # type: ignore[attr-defined]
+    return FAMILIES[name].of_diffusers.latent_model  # type: ignore[union-attr]
 
 
-LENGTHS = {name: FAMILIES[name].load.__self__.lengths for name in FAMILY_NAMES}  # type: ignore[attr-defined]
+LENGTHS = {name: FAMILIES[name].of_diffusers.lengths for name in FAMILY_NAMES}  # type: ignore[union-attr]
 _made: dict[str, Any] = {}
 
 
@@ -96,7 +96,7 @@ def stock_pictures(name: str, pipeline: Any, noise: Tensor, policy: LatentPolicy
     """What diffusers draws from this noise by its deterministic first-order scheduler."""
     config = config_of(name)
     stock = FAMILIES[name].stock_sampler(config, ())  # type: ignore[misc]
-    own = FAMILIES[name].load.__self__.deterministic  # type: ignore[attr-defined]
+    own = FAMILIES[name].of_diffusers.deterministic  # type: ignore[union-attr]
     if own.scheduler:
         set_sampler(pipeline, own.scheduler, own.options, own.taken)
     found: np.ndarray = pipeline(

@@ -102,7 +102,7 @@ def test_distilled_models_are_known_by_name() -> None:
     known: set[str] = set()
     for family in FAMILIES.values():
         if family.pipelines:
-            record = family.load.__self__  # type: ignore[attr-defined]
+            record = family.of_diffusers
             assert record.distilled <= set(record.names)
             known |= record.distilled
     assert known >= {

@@ -166,6 +166,8 @@ def test_a_run_gets_the_rule_that_it_asks_for() -> None:
         assert amount_of(config.sampling) == 0.4 and not forgets(config.sampling)
         assert "does not lead to p_pretrained" in target_of(config).why
         assert SAMPLERS[name].misses in target_of(config).why
+    memoryless = config_of("ring-flow", sampling__scheduler="flow-sde", sampling__sde_noise=1.4142)
+    assert target_of(memoryless).beta == 2.0
     plain = config_of("ring-flow")
     assert forgets(plain.sampling) and target_of(plain).beta == 2.0
 

@@ -65,13 +65,14 @@ METHODS: dict[str, dict[str, object]] = {
     "nabla-db": {"experiment.method": "nabla-db"},
 }
 POSTERIOR, FLOW_SDE = "posterior (η = 1)", "Flow-SDE, a = 0.7"
+MEMORYLESS = "Flow-SDE, a = √2"  # Euler's step of the memoryless process
 SAMPLERS: dict[str, dict[str, object]] = {
     POSTERIOR: {},
     FLOW_SDE: {"sampling.scheduler": "flow-sde", "sampling.sde_noise": 0.7},
+    MEMORYLESS: {"sampling.scheduler": "flow-sde", "sampling.sde_noise": 2**0.5},
 }
 LIMITS: dict[str, dict[str, object]] = {  # samplers whose perfect training is drawn
     **SAMPLERS,
-    "Flow-SDE, a = √2": {"sampling.scheduler": "flow-sde", "sampling.sde_noise": 2**0.5},
     "CPS, a = 0.7": {"sampling.scheduler": "cps", "sampling.sde_noise": 0.7},
 }
 LIMIT_STEPS = (STEPS, 80)

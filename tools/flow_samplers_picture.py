@@ -17,7 +17,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 SIDE, BINS = 3.0, 150
-COLOURS = ("0.25", "#2456a6", "#d1622b", "#e9a36f")
+COLOURS = ("0.25", "#2456a6", "#d1622b", "#3a8f5c", "#e9a36f")
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,7 @@ def peak_gib(device: torch.device) -> float:
 def random_policy(config: Config, device: torch.device) -> LatentPolicy:
     """The model of `config` with random weights, without text encoders."""
     family = find_family(config)
-    kind = family.load.__self__.latent_model  # of its PipelineFamily
+    kind = family.of_diffusers.latent_model
     parts = {
         name: part
         for name, part in PUBLISHED[config.pretrained.model]().items()

@@ -45,8 +45,8 @@ class Sampling(Group):
         "ddpm",
         min_length=1,
         description="ddim (with sampling.eta), ddpm, dpm-solver (SDE-DPM-Solver++); of flow models "
-        "also flow-sde and cps, Flow-GRPO's (with sampling.sde_noise), which do not lead to "
-        "p_pretrained·exp(βr); or package.module:object for your own",
+        "also flow-sde and cps, Flow-GRPO's (with sampling.sde_noise; what they miss: "
+        "docs/models.md); or package.module:object for your own",
     )
     spacing: Annotated[Literal["leading", "trailing", "logsnr", "angle"], Lower] = Field(
         "leading",

@@ -25,7 +25,8 @@ class Sampler:
     times, noisiest first and without the clean end. eta: η in (0, 1]; None: sampling.eta. rule: how
     a step follows from the times, by name in `rules.RULES`, or a function; any but the posterior
     gets sampling.sde_noise for η. flows_only: it is for paths with α = 1 − σ. misses: why training
-    with it cannot end at p_pretrained·exp(βr); empty where it can.
+    with it cannot end at p_pretrained·exp(βr), empty where it can; unless: but with this
+    sampling.sde_noise it can.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Sampler:
     rule: str | Rule = POSTERIOR
     flows_only: bool = False
     misses: str = ""
+    unless: float | None = None
 
 
 SAMPLERS = {
@@ -48,6 +50,7 @@ SAMPLERS = {
             rule="flow-sde",
             flows_only=True,
             misses="its samples remember the noise they start from, which training does not move",
+            unless=2**0.5,  # of the memoryless process
         ),
         Sampler(
             "cps",
@@ -104,6 +107,15 @@ def _sde_noise(sampling: Sampling, sampler: Sampler) -> float:
             "give 1 or less"
         )
     return sampling.sde_noise
+
+
+def misses(sampling: Sampling) -> str:
+    """Why training with the run's sampler cannot end at p_pretrained·exp(βr); empty where it can,
+    up to the error of its steps."""
+    sampler = find_sampler(sampling.scheduler)
+    if sampler.unless is not None and abs(sampling.sde_noise / sampler.unless - 1) < 0.005:
+        return ""
+    return sampler.misses
 
 
 def forgets(sampling: Sampling) -> bool:

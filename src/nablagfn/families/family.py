@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import Config
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..core.kernels import KernelTable
     from ..core.types import Policy, View
     from ..models.latent import LatentPolicy
+    from ..models.latent_model import LatentModel
     from ..prompts import PromptSet
     from ..rewards import NamedReward
-    from .pipelines import PipelineFamily
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,27 @@ class Own:
     view: Callable[[Config, KernelTable], View]
 
 
+class OfDiffusers(Protocol):
+    """What families of diffusers' pipelines share (`pipelines.PipelineFamily`), as others see it.
+
+    lengths: prompts may have sampling.max_sequence_length tokens. deterministic: how diffusers
+    draws with η = 0 on the pipeline's own grid.
+    """
+
+    @property
+    def lengths(self) -> bool: ...
+
+    @property
+    def deterministic(self) -> StockSampler: ...
+
+    @property
+    def latent_model(self) -> type[LatentModel]: ...
+
+    def ode_sampler(self, config: Config) -> StockSampler:
+        """How diffusers draws without noise: for methods whose paths have none."""
+        ...
+
+
 def nothing(config: Config) -> None:
     """No option to refuse."""
 
@@ -111,5 +132,5 @@ class Family:
     loading_code: Callable[[Config], list[str]] | None = None
     small: Callable[[str], bool] = lambda model: False
     network: str = "U-Net"
-    of_diffusers: PipelineFamily | None = None
+    of_diffusers: OfDiffusers | None = None
     own: Own | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config, ConfigError
 from ..config.dotted import find_object
-from ..core.samplers import amount_of, find_sampler, forgets
+from ..core.samplers import amount_of, forgets, misses
 from .record import Aim, Alive, Method
 
 KEY = "config.experiment.method"
@@ -200,12 +200,12 @@ def target_of(config: Config, factor: float = 1.0) -> Aim:
             f"with config.model.pretrained_strength={strength:g} the target is another than "
             "p_pretrained·exp(βr), which needs 1",
         )
-    misses = find_sampler(config.sampling.scheduler).misses
-    if misses:
+    reason = misses(config.sampling)
+    if reason:
         return Aim(
             None,
             f"config.sampling.scheduler={config.sampling.scheduler} does not lead to "
-            f"p_pretrained·exp(βr): {misses}. ddpm does",
+            f"p_pretrained·exp(βr): {reason}. ddpm does",
         )
     return Aim(config.model.reward_scale * factor)
 
