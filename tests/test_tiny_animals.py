@@ -42,14 +42,14 @@ def judge(num_steps: int) -> dict[str, list[str]]:
     return judged(policy, num_steps)
 
 
-def judged(policy: LatentPolicy, num_steps: int) -> dict[str, list[str]]:
-    """The same of a policy's pictures."""
+def judged(policy: LatentPolicy, num_steps: int, each: int = SAMPLES_EACH) -> dict[str, list[str]]:
+    """The same of a policy's pictures, `each` of every animal."""
     critics = critics_of("tiny-animals")
     assert critics is not None
     classifier = AnimalClassifier.from_folder(critics)
     table = table_of(policy, num_steps)
     seen: dict[str, list[str]] = {"asked": [], "animal": [], "style": [], "background": []}
-    prompts = [p for p in load_prompts("simple_animals").prompts for _ in range(SAMPLES_EACH)]
+    prompts = [p for p in load_prompts("simple_animals").prompts for _ in range(each)]
     for rows in torch.arange(len(prompts)).split(50):
         asked = [prompts[i] for i in rows]
         for head, labels in classifier.predict(

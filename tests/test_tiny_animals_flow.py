@@ -120,6 +120,14 @@ def test_the_lesson_is_the_velocity_towards_the_posterior_mean(tools: SimpleName
 # ---------------------------------------------------------------------------- what it draws
 
 
+def test_most_of_90_samples_are_recognised() -> None:
+    """Two of each animal; the whole gate is behind the marker `proof`."""
+    seen = judged(shipped(), 20, each=2)
+    right = sum(a == b for a, b in zip(seen["asked"], seen["animal"], strict=True))
+    assert right >= 0.8 * 90, right
+
+
+@pytest.mark.proof
 def test_450_samples_at_20_steps_pass_the_quality_gate() -> None:
     check_gate(judged(shipped(), 20))
 
