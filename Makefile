@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-flow test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-flow proofs-demo docs gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
+.PHONY: demo demo-flow test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-flow proofs-demo docs models-table gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=warmth
@@ -78,6 +78,9 @@ PACKAGES = import sys; sys.path[:0] = ["tools/tiny_animals"]; import data; print
 	$(BIN)/python tools/tiny_animals/pack.py --modules .cache/npm/node_modules
 
 gpu-carry: wheels .data/tiny-animals.zip  ## all that a GPU machine without internet needs for the suite: .whl, .data
+
+models-table: $(READY)  ## what an update of each published architecture takes, counted (20 minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tools/models_table.py
 
 docs: $(READY)  ## regenerate docs/options.md
 	$(BIN)/python tools/make_options_doc.py
