@@ -25,7 +25,7 @@ from tests.test_tiny_animals import check_gate, judged
 
 FOLDER = EMBEDDED["tiny-animals-flow"]
 TOOLS = Path(__file__).parent.parent / "tools" / "tiny_animals"
-GUIDANCE = 1.5
+GUIDANCE = 1.25
 
 
 @pytest.fixture
