@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config import Config
+from ..models.locate import config_of_part
 from ..models.lora import FLUX as TARGETS
 from .family import StockSampler
 from .pipelines import PipelineFamily, flow_stock
@@ -20,9 +22,17 @@ def stock(config: Config, times: Sequence[float] = ()) -> StockSampler:
     Raises ConfigError like `flow_stock`.
     """
     found = flow_stock(config, times)
-    if config.pretrained.model != SCHNELL:
-        return found
-    return replace(found, options={**found.options, **UNSHIFTED})
+    return replace(found, options={**found.options, **UNSHIFTED}) if unshifted(config) else found
+
+
+def unshifted(config: Config) -> bool:
+    """Whether the scheduler has no shift by the picture's size, by its file or the model's name."""
+    model, revision = config.pretrained.model, config.pretrained.revision
+    if model == SCHNELL:
+        return True
+    folder = os.path.expanduser(model)
+    known = config_of_part(folder, "scheduler", revision, "scheduler_config.json")
+    return not known.get("use_dynamic_shifting", True)
 
 
 FLUX = PipelineFamily(
@@ -31,6 +41,7 @@ FLUX = PipelineFamily(
     pipelines=("FluxPipeline",),
     lora_targets=TARGETS,
     stock=stock,
+    most_tokens=512,
     names=(DEV, SCHNELL),
     distilled=frozenset({SCHNELL}),
 ).family()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ConfigError
-from ..models.locate import EMBEDDED, check_unet, locate
+from ..models.locate import EMBEDDED, check_unet, locate, missing_parts
 from ..models.lora import FIRST_STATE
 from .family import ExportForm, Family, StockSampler
 
@@ -43,8 +44,8 @@ class PipelineFamily:
     in a word. kohya: the keys of kohya-ss are an export's form of their own (other programs read
     diffusers' keys). recomputes_vae: its decoder can recompute its activations. compiles: its
     network sees few shapes, whatever the prompts. lengths: prompts may have
-    sampling.max_sequence_length tokens. loading: further arguments of from_pretrained, of an
-    embedded model, as they are printed.
+    sampling.max_sequence_length tokens, most_tokens at most (0: any). loading: further arguments
+    of from_pretrained, of an embedded model, as they are printed.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PipelineFamily:
     network: str = "transformer"
     kohya: bool = False
     lengths: bool = True
+    most_tokens: int = 0
     recomputes_vae: bool = True
     compiles: bool = True
     loading: str = ""
@@ -106,6 +108,17 @@ class PipelineFamily:
             raise ConfigError(
                 f"config.sampling.max_sequence_length={config.sampling.max_sequence_length}: the "
                 f"prompts of a {self.name} model all have the length of its tokenizer: set it to 0"
+            )
+        asked = config.sampling.max_sequence_length
+        if self.most_tokens and asked > self.most_tokens:
+            raise ConfigError(
+                f"config.sampling.max_sequence_length={asked}: the pipeline of a {self.name} model "
+                f"takes {self.most_tokens} at most"
+            )
+        if self.network != UNET_WORD and config.training.mixed_precision == "fp16":
+            raise ConfigError(
+                "config.training.mixed_precision=fp16: a transformer or its text encoder leaves "
+                f"the range of float16 ({self.name}): take bf16"
             )
         if config.training.vae_checkpointing and not self.recomputes_vae:
             raise ConfigError(
@@ -196,6 +209,9 @@ class PipelineFamily:
                 f"    locate({name!r}){self.loading})",
             ]
         given = "" if revision == "main" else f", revision={revision!r}"
+        folder = os.path.expanduser(name)
+        absent = missing_parts(folder) if os.path.isdir(folder) else []
+        given += "".join(f", {part}=None" for part in absent)
         return [f"pipe = {kind}.from_pretrained({name!r}{given})"]
 
     # ------------------------------------------------------------ forms of an export

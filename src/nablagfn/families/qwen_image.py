@@ -26,5 +26,7 @@ QWEN_IMAGE = PipelineFamily(
     lora_targets=TARGETS,
     stock=stock,
     recomputes_vae=False,
+    compiles=False,
+    most_tokens=1024,
     names=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
 ).family()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ..config import Config
+from ..models.locate import config_of_part
 from ..models.lora import SANA as TARGETS
 from .family import StockSampler
 from .pipelines import PipelineFamily, flow_stock
@@ -30,10 +29,10 @@ def side_of(model: str) -> int:
     """Pixels that a model was trained for, by its name or its folder; else the pipeline's own."""
     if model in OF_512:
         return 512
-    config = Path(os.path.expanduser(model)) / "transformer" / "config.json"
-    if not config.is_file():
+    if model in OF_1024:
         return SIDE
-    return 32 * int(json.loads(config.read_text(encoding="utf-8"))["sample_size"])
+    known = config_of_part(os.path.expanduser(model), "transformer")
+    return 32 * int(known.get("sample_size", SIDE // 32))
 
 
 def stock(config: Config, times: Sequence[float] = ()) -> StockSampler:

@@ -13,6 +13,7 @@ SD3 = PipelineFamily(
     pipelines=("StableDiffusion3Pipeline",),
     lora_targets=MMDIT,
     stock=flow_stock,
+    most_tokens=512,
     names=(
         TINY_ANIMALS_FLOW,
         "stabilityai/stable-diffusion-3-medium-diffusers",

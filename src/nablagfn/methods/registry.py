@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config, ConfigError
 from ..config.dotted import find_object
-from ..core.samplers import amount_of, forgets, misses
+from ..core.samplers import POSTERIOR, amount_of, find_sampler, forgets, misses
 from .record import Aim, Alive, Method
 
 KEY = "config.experiment.method"
@@ -271,6 +271,17 @@ def check_ode(config: Config, method: Method) -> None:
         raise ConfigError(
             f"config.sampling.eta={config.sampling.eta:g} has no use in {KEY}={method.name}, which "
             "draws its paths without noise: leave it at 1"
+        )
+    rule = find_sampler(config.sampling.scheduler).rule
+    if rule != POSTERIOR:
+        raise ConfigError(
+            f"config.sampling.scheduler={config.sampling.scheduler} has no use in "
+            f"{KEY}={method.name}, which draws its paths without noise: take ddpm"
+        )
+    if config.sampling.final_sigma:
+        raise ConfigError(
+            f"config.sampling.final_sigma={config.sampling.final_sigma:g} has no use in "
+            f"{KEY}={method.name}, whose last step needs no noise: set it to 0"
         )
     if config.guard.max_path_kl:
         raise ConfigError(

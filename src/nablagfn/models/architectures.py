@@ -43,7 +43,9 @@ def by_configuration(model: type[LatentModel], name: str, revision: str = "main"
             for part, of in index.items()
             if isinstance(of, list) and of[0] and not _left_out(part)
         }
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        if name in PUBLISHED:  # its index alone is here
+            return assembled(model, PUBLISHED[name]())
         raise ConfigError(
             f"config.pretrained.model={name!r}: its configuration cannot be read ({error})"
         ) from None

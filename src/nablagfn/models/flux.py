@@ -73,7 +73,7 @@ class Flux(FlowModel):
             guidance = torch.full_like(time, self.asked.guidance_scale, dtype=torch.float32)
         found: Tensor = network(
             hidden_states=packed(x),
-            timestep=time.to(x.dtype),
+            timestep=(1000 * time).to(x.dtype) / 1000,  # rounded where the pipeline rounds it
             guidance=guidance,
             pooled_projections=given[POOLED],
             encoder_hidden_states=given[EMBEDS],

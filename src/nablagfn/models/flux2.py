@@ -66,7 +66,7 @@ class Flux2(FlowModel):
             guidance = torch.full_like(time, self.asked.guidance_scale, dtype=torch.float32)
         found: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2),
-            timestep=time.to(x.dtype),
+            timestep=(1000 * time).to(x.dtype) / 1000,  # rounded where the pipeline rounds it
             guidance=guidance,
             encoder_hidden_states=given[EMBEDS],
             txt_ids=text_places(words, x.device),

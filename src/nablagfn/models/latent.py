@@ -198,6 +198,12 @@ class LatentPolicy:
         """What a LoRA adds to its layer, [rows, ...], with the strength of each row's time."""
         if self._gate is None:
             return found
+        if len(found) != len(self._gate):
+            raise ConfigError(
+                "config.model.lora_until and lora_fade: a layer with a LoRA sees the samples of a "
+                "batch run together, and cannot be told their noise levels: leave "
+                "config.model.lora_targets at attention"
+            )
         return found * self._gate.reshape(-1, *[1] * (found.ndim - 1)).to(found.dtype)
 
     @property
@@ -239,7 +245,10 @@ class LatentPolicy:
         found = []
         for word in self.lora_targets:
             ends = endings((word,), self.model.lora_targets)
-            own = [name for name in able if any(f".{name}".endswith(f".{end}") for end in ends)]
+            if word in self.model.lora_targets:  # of the blocks: none of the network's own ends
+                own = [name for name in able if any(name.endswith(f".{end}") for end in ends)]
+            else:
+                own = [name for name in able if f".{name}".endswith(f".{word}")]
             if not own:
                 raise ConfigError(
                     f"config.model.lora_targets={word}: the model has no such linear layer or "

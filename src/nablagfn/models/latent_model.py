@@ -181,6 +181,12 @@ class LatentModel:
         self.pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state))
 
 
+def vae_dtype(model: type[LatentModel], dtype: torch.dtype) -> torch.dtype:
+    """Of the autoencoder beside a network of `dtype`: reward gradients underflow in float16, and
+    some overflow in any half precision."""
+    return torch.float32 if dtype == torch.float16 or model.wide_vae else dtype
+
+
 def unet_lora_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a U-Net's LoRA by diffusers' own names where they exist for all layers, those of
     attention; else by peft's: it reads a mixture of both in part."""

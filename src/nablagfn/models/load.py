@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,8 @@ from accelerate import PartialState
 
 from ..config import ConfigError
 from .latent import LatentPolicy, quiet
-from .latent_model import LatentModel, PipelineCall
-from .locate import INDEX, locate
+from .latent_model import LatentModel, PipelineCall, vae_dtype
+from .locate import locate, missing_parts
 
 
 def load_pipeline(
@@ -20,7 +18,7 @@ def load_pipeline(
 ) -> Any:
     """The frozen pipeline by hub name, folder or embedded name. Raises ConfigError if missing."""
     source = locate(model, revision)
-    options: dict[str, Any] = dict.fromkeys(missing_parts(source), None)
+    options: dict[str, Any] = dict.fromkeys(missing_parts(source, revision), None)
     if "safety_checker" in kind._optional_components:  # type: ignore[attr-defined]
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
@@ -38,15 +36,6 @@ def load_pipeline(
         raise ConfigError(f"config.pretrained.model={model!r} cannot be loaded: {reason}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def missing_parts(source: str) -> list[str]:
-    """The parts that a local pipeline was saved without, which diffusers wants to be told again."""
-    index = Path(source) / INDEX
-    if not index.is_file():
-        return []
-    listed = json.loads(index.read_text(encoding="utf-8"))
-    return [name for name, value in listed.items() if value == [None, None]]
 
 
 def policy_of(
@@ -83,8 +72,8 @@ def place(
 ) -> None:
     """Move the pipeline to the device; shard: but the network, which goes there part by part;
     offload: but the text encoders, which may not fit beside it."""
-    if dtype == torch.float16 or model.wide_vae:
-        pipeline.vae.to(torch.float32)  # reward gradients underflow in a float16 decoder
+    if vae_dtype(model, dtype) != dtype:
+        pipeline.vae.to(vae_dtype(model, dtype))
     device = device or PartialState(cpu=not torch.accelerator.is_available()).device
     encoders = [] if offload else [getattr(pipeline, name) for name in model.encoders]
     network = [] if shard else [model.network_of(pipeline)]

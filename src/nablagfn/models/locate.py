@@ -87,18 +87,30 @@ def part_in(config: Path) -> str:
         return ""
 
 
-def config_of_part(source: str, part: str, revision: str = "main") -> Mapping[str, Any]:
+def config_of_part(
+    source: str, part: str, revision: str = "main", file_name: str = "config.json"
+) -> Mapping[str, Any]:
     """What a pipeline's part was built with, by its config.json; empty where that is not there."""
-    file = Path(source) / part / "config.json"
+    file = Path(source) / part / file_name
     try:
         if not os.path.isdir(source):
             from huggingface_hub import hf_hub_download
 
-            file = Path(hf_hub_download(source, f"{part}/config.json", revision=revision))
+            file = Path(
+                hf_hub_download(source, f"{part}/{file_name}".lstrip("/"), revision=revision)
+            )
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def missing_parts(source: str, revision: str = "main") -> list[str]:
+    """The parts that a pipeline was saved without, which diffusers wants to be told again; what
+    SD3 calls its T5, for example."""
+    listed = config_of_part(source, "", revision, INDEX)
+    absent = [name for name, value in listed.items() if value == [None, None]]
+    return [name for name in absent if name.startswith(("text_encoder", "tokenizer"))]
 
 
 def check_unet(name: str, source: str, revision: str = "main") -> None:

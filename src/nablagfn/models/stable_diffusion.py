@@ -27,6 +27,12 @@ class DiscreteModel(LatentModel):
 
     def __init__(self, pipeline: Any, call: PipelineCall | None = None) -> None:
         super().__init__(pipeline, call)
+        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+            raise ConfigError(
+                f"config.pretrained.model: its scheduler, a {type(pipeline.scheduler).__name__}, "
+                "has no noise levels alphas_cumprod (EDM's preconditioning is not supported): take "
+                "a model with a DDIM, DDPM, Euler or DPM-Solver scheduler"
+            )
         self.prediction = pipeline.scheduler.config.prediction_type
         self.noising = DiscreteNoising(pipeline.scheduler.alphas_cumprod.double().cpu())
 

@@ -24,7 +24,7 @@ def tune(policy: LatentPolicy, speed: Speed) -> LatentPolicy:
     """
     if speed.channels_last:
         for module in (policy.network, policy.vae):
-            module.to(memory_format=torch.channels_last)
+            channels_last(module)
     if speed.compile:
         compile_modules((policy.network, policy.vae.decoder))
     if speed.cuda_graphs and has_graphs(policy.device):
@@ -33,6 +33,13 @@ def tune(policy: LatentPolicy, speed: Speed) -> LatentPolicy:
         policy.offload_text_encoder()
     policy.speed = speed.model_copy()
     return policy
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out the weights of two-dimensional convolutions so; others have no such format."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def has_graphs(device: torch.device) -> bool:

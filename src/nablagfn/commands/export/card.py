@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
+from ...families import family_of_run
+from ...methods.registry import find_method
 from ...models.locate import EMBEDDED, MOVED
 from ...models.lora import FIRST_STATE
 from ...report import figures, tables
@@ -25,6 +27,13 @@ LICENCES = {  # of models on the hub that publish one and have no card at hand
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "Qwen/Qwen-Image": "apache-2.0",
+    "Tongyi-MAI/Z-Image": "apache-2.0",
+    "Tongyi-MAI/Z-Image-Turbo": "apache-2.0",
 }
 GAP = 4  # pixels between pictures
 CURVES = (("probe_reward", "reward"), ("reward", "reward"), ("probe_diversity", "diversity"))
@@ -52,6 +61,8 @@ def write_card(
         licence=licence(record.config.pretrained.model),
         on_hub=record.config.pretrained.model not in EMBEDDED and _is_hub_name(record),
         first_state=FIRST_STATE if moved else "",
+        family=family_of_run(record.config).name,
+        sampler=sampler_in_words(record),
         cards=figures.cards(record) if measured(record) == checkpoint else [],
         prompts=drawn.prompts,
         proofs=proofs,
@@ -73,6 +84,19 @@ def write_card(
         curves=curves,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def sampler_in_words(record: Record) -> str:
+    """The sampler that draws as the run does."""
+    config = record.config
+    family = family_of_run(config)
+    if find_method(config.experiment.method).ode:
+        return "a deterministic first-order sampler (Euler's)"
+    flow = family.of_diffusers is not None and family.network != "U-Net"
+    if flow or config.sampling.scheduler == "dpm-solver":
+        return "a first-order SDE-DPM-Solver++" + (" on flow sigmas" if flow else "")
+    eta = config.sampling.eta
+    return f"the DDIM sampler with η = {eta:g}" + (" (DDPM)" if eta == 1 else "")
 
 
 def measured(record: Record) -> str:

@@ -19,6 +19,7 @@ from ...core.types import Condition
 from ...families import find_family
 from ...methods.registry import find_method
 from ...models.latent import LatentPolicy
+from ...models.latent_model import vae_dtype
 from ...rewards import NamedReward, components_of, modules_of
 from ...rewards.clip import ClipScore
 from ...rewards.imagereward import ImageReward
@@ -36,7 +37,7 @@ class Costs:
     """A run's model in numbers. fixed: bytes by what they are. The costs are those of one row, a
     guided evaluation counting as one; `_checkpointed` with gradient checkpointing, `_free` without
     gradient. sample: bytes of one x. visiting: of the reward's weights, if they are there while it
-    scores only."""
+    scores only. encoding: of the largest text encoder, if each is there while it encodes only."""
 
     fixed: Mapping[str, float]
     eps: Cost
@@ -49,6 +50,7 @@ class Costs:
     flow: Cost
     sample: float
     visiting: float = 0.0
+    encoding: float = 0.0
 
     def prices(self, *, checkpointing: bool) -> dict[str, Cost]:
         """FLOPs of one row, by the parts of `work.update_passes`."""
@@ -71,7 +73,11 @@ def measure(config: Config, device: torch.device) -> Costs:
     with META:
         subject = build_subject(config, weight_dtype(config, device), META)
         parts = subject.parts(_fixed(config, subject))
-        return replace(parts, visiting=_visiting(config, subject.reward))
+        return replace(
+            parts,
+            visiting=_visiting(config, subject.reward),
+            encoding=_encoding(config, subject.policy),
+        )
 
 
 def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Subject:
@@ -84,7 +90,7 @@ def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Su
         _cast(part, dtype)
     for parameter in policy.parameters():
         parameter.data = parameter.data.float()
-    _cast(policy.vae, torch.float32 if dtype == torch.float16 else dtype)
+    _cast(policy.vae, vae_dtype(type(policy.model), dtype))
     flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
     return Subject(policy, flow, _reward(config, place))
 
@@ -272,6 +278,14 @@ def _fixed(config: Config, subject: Subject) -> dict[str, float]:
         "LoRA and its optimizer": copies * theta,
         "flow network and its optimizer": copies * flow,
     }
+
+
+def _encoding(config: Config, policy: LatentPolicy) -> float:
+    """Count the bytes of the largest text encoder, if they come and go."""
+    if not config.speed.offload_text_encoder:
+        return 0.0
+    sizes = [size_of(tensors_of([encoder])) for encoder in encoders_of(policy)]
+    return float(max(sizes, default=0))
 
 
 def _visiting(config: Config, reward: NamedReward) -> float:

@@ -47,6 +47,8 @@ def moments(config: Config, parts: Costs, work: Work, setting: Setting) -> dict[
         "drawing": 2 * paths * path + SLACK * batch * (p.eps_free.peak + path),
         "rewards of the epoch": paths * path + SLACK * max(decoding, scoring),
     }
+    if p.encoding:
+        found["encoding prompts"] = p.encoding
     for name, value in _update(config, parts, setting).items():
         found[f"update, {name}"] = held + SLACK * value
     return found
