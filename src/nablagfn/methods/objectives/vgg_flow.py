@@ -201,7 +201,7 @@ class VggFlow(Objective):
 
 
 # Below it finite differences of a bfloat16 network are rounding: on tiny-animals-flow [∇u_#]v was
-# off by 2.5 of its size at 0.01, 0.9 at 0.03, 0.28 at 0.1; float32's own error there is 0.05 to 0.1.
+# off by 2.5 of its size at 0.01 and 0.28 at 0.1, where float32 is off by 0.05 to 0.1.
 LEAST_IN_HALF = 0.1
 
 
