@@ -17,15 +17,16 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 SIDE, BINS = 3.0, 150
-COLOURS = ("0.25", "#2456a6", "#d1622b", "#3a8f5c", "#e9a36f")
+COLOURS = ("0.25", "#2456a6", "#d1622b", "#3a8f5c", "#b0802a")
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """x: [n, 2] samples. masses: of their modes [K], where they are known better."""
+    """x: [n, 2] samples. reward: E[r]. masses: of their modes [K], where they are known better."""
 
     title: str
     x: Tensor
+    reward: float
     masses: Tensor | None
 
 
@@ -43,8 +44,7 @@ def density(x: Tensor) -> Tensor:
     return blurred / len(x)
 
 
-def draw_panels(panels: Sequence[Panel], mixture: PointModel, goal: float, path: Path) -> None:
-    """goal: E[r] of the target, r = x₁."""
+def draw_panels(panels: Sequence[Panel], mixture: PointModel, path: Path) -> None:
     figure = plt.figure(figsize=(3.1 * len(panels), 5.6), layout="constrained")
     grid = figure.add_gridspec(2, len(panels), height_ratios=(3.1, 2.2))
     maps = [density(panel.x) for panel in panels]
@@ -60,8 +60,7 @@ def draw_panels(panels: Sequence[Panel], mixture: PointModel, goal: float, path:
             vmax=top**0.5,
         )
         axis.set_title(panel.title, fontsize=9.5, color=COLOURS[i], fontweight="bold")
-        average = float(panel.x[:, 0].mean()) if panel.masses is None else goal
-        axis.text(0, 0, f"E[r] = {average:.2f}", ha="center", va="center", fontsize=9)
+        axis.text(-0.3, 0, f"E[r] = {panel.reward:.2f}", ha="center", va="center", fontsize=9)
         axis.set(xticks=(-2, 0, 2), yticks=(-2, 0, 2))
         axis.tick_params(labelsize=7, length=2)
     draw_masses(figure.add_subplot(grid[1, :]), panels, mixture)

@@ -21,8 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core
 import torch
 from flow_samplers import insert_between
 from proofs import carry_out_all
-from proofs_report import interval
-from proofs_run import safe_name
+from proofs_run import RECORD, safe_name
 
 from nablagfn.commands.assemble import build_policy
 from nablagfn.evaluation import draw_paths
@@ -36,7 +35,7 @@ from nablagfn.worlds.target import Target
 STEPS, UPDATES, SEEDS = 20, 100, (0, 1, 2)
 ROWS, SEED = 4_000, 66_000  # of the draws that are judged
 WORLDS = ("ring-flow", "gaussian")
-KINDS = ("gradient", "shifted", "no-jacobian")
+KINDS = ("gradient", "no-jacobian")
 SHARED: dict[str, object] = {  # as in tests/test_proofs.py
     "training.lr": 5e-3,
     "training.flow_lr": 5e-3,
@@ -114,15 +113,26 @@ def measured(run: Run, out: Path) -> Found:
     )
 
 
-def cell(found: Sequence[Found]) -> str:
+def cell(found: Sequence[Found], diverged: int) -> str:
+    """Least to most of the seeds."""
+    lost = f"{diverged} of {diverged + len(found)} left the range of numbers" if diverged else ""
     if not found:
-        return "not run"
-    way = interval([100 * one.way for one in found], ".0f")
-    kl = interval([one.kl for one in found], ".3f")
-    return f"{interval([one.mmd for one in found], '.1f')} · {kl} · {way} %"
+        return lost or "not run"
+    shown = (
+        several([one.mmd for one in found], ".0f" if found[0].mmd > 20 else ".1f"),
+        several([one.kl for one in found], ".2f" if found[0].kl > 1 else ".3f"),
+        several([100 * one.way for one in found], ".0f") + " %",
+    )
+    return " · ".join((*shown, lost) if lost else shown)
 
 
-def table(runs: Sequence[Run], found: dict[Run, Found]) -> str:
+def several(values: Sequence[float], digits: str) -> str:
+    """The least and the most."""
+    least, most = f"{min(values):{digits}}", f"{max(values):{digits}}"
+    return least if least == most else f"{least} to {most}"
+
+
+def table(runs: Sequence[Run], found: dict[Run, Found], out: Path) -> str:
     """The markdown between the two marks."""
     lines = [START, "", f"| method | `method.guess` | {' | '.join(WORLDS)} |"]
     lines.append("|---|---|" + "---|" * len(WORLDS))
@@ -131,7 +141,9 @@ def table(runs: Sequence[Run], found: dict[Run, Found]) -> str:
             cells = []
             for world in WORLDS:
                 same = [r for r in runs if (r.method, r.kind, r.world) == (method, kind, world)]
-                cells.append(cell([found[run] for run in same if run in found]))
+                records = [run.folder(out).read_json(RECORD) or {} for run in same]
+                lost = sum(bool(record.get("diverged")) for record in records)
+                cells.append(cell([found[run] for run in same if run in found], lost))
             lines.append(f"| {method} | `{kind}` | {' | '.join(cells)} |")
     return "\n".join([*lines, "", END])
 
@@ -157,7 +169,7 @@ def main() -> None:
     known = [{**asdict(run), **asdict(one)} for run, one in found.items()]
     text = json.dumps(known, indent=1, ensure_ascii=False)
     (docs / "guess_kinds.json").write_text(text + "\n", encoding="utf-8")
-    insert_between(docs / "methods.md", START, table(runs, found), END)
+    insert_between(docs / "methods.md", START, table(runs, found, out), END)
     if failures:
         raise SystemExit(f"{len(failures)} of {len(runs)} runs ended early")
 
