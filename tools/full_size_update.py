@@ -46,19 +46,33 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def filled(part: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The part with small random matrices, norms of 1, and zeros elsewhere."""
+    part.to_empty(device=device)
+    with torch.no_grad():
+        for name, value in [*part.named_parameters(), *part.named_buffers()]:
+            if value.ndim > 1 and value.is_floating_point():
+                value.normal_(std=0.02)
+            else:
+                value.fill_(1 if name.endswith("weight") else 0)
+    return part.eval()
+
+
 def random_policy(config: Config, device: torch.device) -> LatentPolicy:
     """The model of `config` with random weights, without text encoders."""
     family = find_family(config)
     kind = family.of_diffusers.latent_model
+    with torch.device("meta"):  # an encoder alone may be larger than the memory
+        made = PUBLISHED[config.pretrained.model]()
     parts = {
-        name: part
-        for name, part in PUBLISHED[config.pretrained.model]().items()
+        name: filled(part, device) if isinstance(part, torch.nn.Module) else part
+        for name, part in made.items()
         if not name.startswith("text_encoder")
     }
     with torch.device("meta"):
         shapes = family.skeleton(config).model.blank(1)
     policy = LatentPolicy(
-        kind(assembled(kind, parts).to(device), PipelineCall.of(config)),
+        kind(assembled(kind, parts), PipelineCall.of(config)),
         name=f"{config.pretrained.model}, random",
         gradient_checkpointing=True,
         vae_checkpointing=True,
@@ -71,7 +85,10 @@ def random_policy(config: Config, device: torch.device) -> LatentPolicy:
             for name, value in shapes.items()
         }
 
-    policy.model.encode = encode
+    def blank(rows):
+        return {name: torch.zeros(rows, *value.shape[1:]) for name, value in shapes.items()}
+
+    policy.model.encode, policy.model.blank = encode, blank
     return policy
 
 
