@@ -118,10 +118,16 @@ def main() -> None:
     p.add_argument("out", nargs="?", default="")
     p.add_argument("--model", choices=list(PUBLISHED), default=SD15[0])
     p.add_argument("--pixels", type=int, default=0, help="height and width (0: the model's own)")
+    p.add_argument(
+        "--light", action="store_true", help="no guidance, no g_φ, 16 tokens of T5: for a CPU"
+    )
     args = p.parse_args()
     name, out = args.reward, args.out or tempfile.mkdtemp()
     torch.manual_seed(0)
     config = settings(name, args.model, args.pixels, out)
+    if args.light:
+        config.sampling.guidance_scale, config.model.no_flow = 1.0, True
+        config.sampling.max_sequence_length = 16 if "diffusion-3" in args.model else 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.model in SD15:
         policy: LatentPolicy = StableDiffusionPolicy(
