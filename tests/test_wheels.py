@@ -18,8 +18,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE = ROOT / "tools" / "nodes" / "cuda13.txt"
-WHEELS = 27.0  # MiB of what that node lacks (measured: 26.2)
-CARRIED = 62.0  # MiB that the checkout and its wheels may take together
+WHEELS = 26.5  # MiB of what that node lacks (measured: 26.2)
+CARRIED = 64.0  # MiB that the checkout and its wheels may take together
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_checkout_and_wheels_can_be_carried() -> None:
     if done.returncode:
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in done.stdout.decode().split("\0") if name]
-    checkout = sum(file.stat().st_size for file in files if file.is_file()) / 2**20
+    checkout = sum(file.lstat().st_size for file in files if file.is_file()) / 2**20
     assert 20 < checkout < CARRIED - WHEELS
     wheels = sum(file.stat().st_size for file in (ROOT / ".whl").glob("*.whl")) / 2**20
     assert wheels < WHEELS
