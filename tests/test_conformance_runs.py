@@ -156,6 +156,10 @@ def test_every_method_makes_an_update(
     more: dict[str, object] = {"experiment__method": method}
     if "pool" in METHODS[method].sources and "paths" not in METHODS[method].sources:
         more |= {"pool__size": 4, "pool__images_per_prompt": 2}
+    if METHODS[method].ode and FAMILIES[family].network == "U-Net":  # no flow model: one line
+        with pytest.raises(SystemExit):
+            train(family, saved, tmp_path, **more)
+        return
     folder = train(family, saved, tmp_path, **more)
     assert all(np.isfinite(row["loss"]) for row in folder.metrics())
     first, last = (weights(folder.path, update, ("policy",)) for update in (1, 2))
