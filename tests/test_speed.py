@@ -354,9 +354,11 @@ class Copies(TorchDispatchMode):
 @contextmanager
 def on_meta(policy: StableDiffusionPolicy) -> Iterator[StableDiffusionPolicy]:
     """The policy on a device that computes nothing and whose values cannot be read."""
-    policy.condition(["", *PROMPTS])  # encoded before
+    policy.condition(PROMPTS)  # encoded before
+    empty = policy._negative()
     policy.unet.to("meta")
     policy.vae.to("meta")
+    policy._empty = {name: value.to("meta") for name, value in empty.items()}
     yield policy
 
 
