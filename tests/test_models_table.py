@@ -20,6 +20,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("models_table", FILE)
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(str(FILE.parent))
     monkeypatch.setitem(sys.modules, "models_table", found)
     spec.loader.exec_module(found)
     return found
@@ -29,7 +30,9 @@ def test_its_recipes_are_of_published_architectures(tool: ModuleType) -> None:
     assert all(load_config(name).pretrained.model in PUBLISHED for name in tool.RECIPES)
 
 
-def test_a_row_says_what_fits_and_only_the_marked_part_is_written(tool: ModuleType) -> None:
+def test_a_row_says_what_fits_and_only_the_marked_part_is_written(
+    tool: ModuleType, tmp_path: Path
+) -> None:
     row = {
         "recipe": "sd35",
         "network": 2.24e9,
@@ -45,8 +48,11 @@ def test_a_row_says_what_fits_and_only_the_marked_part_is_written(tool: ModuleTy
         "| `sd35` | 2.24 B | 5.58 B | 23.8 M | 16×64×64 | 4 | does not fit | 35 GB, 3.8 s "
         "| does not fit |"
     )
-    page = f"before\n{tool.MARK}\nold\n{tool.MARK}\nafter\n"
-    assert tool.written(page, made) == f"before\n{tool.MARK}\n{made}\n{tool.MARK}\nafter\n"
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tool.MARK}\nold\n{tool.MARK}\nafter\n", encoding="utf-8")
+    tool.insert_between(page, tool.MARK, f"{tool.MARK}\n{made}\n{tool.MARK}", tool.MARK)
+    known = f"before\n{tool.MARK}\n{made}\n{tool.MARK}\nafter\n"
+    assert page.read_text(encoding="utf-8") == known
 
 
 def test_the_page_has_every_row(tool: ModuleType) -> None:

@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core
 
 import torch
 from flow_samplers_picture import Panel, draw_panels
+from pages import insert_between
 from proofs import carry_out_all
-from proofs_run import safe_name
+from proofs_run import folder_of, reached, safe_name, train_arguments
 from torch import Tensor
 
 from nablagfn.commands.assemble import build_policy
@@ -91,18 +92,15 @@ class Run:
         return safe_name(self.method, self.sampler)
 
     def folder(self, out: Path) -> RunFolder:
-        return RunFolder(out / f"worlds-{WORLD}_{self.name}_seed{self.seed}")
+        return folder_of(out, WORLD, self.name, self.seed)
 
     def done(self, out: Path) -> bool:
-        rows = self.folder(out).metrics()
-        return bool(rows) and rows[-1]["update"] == UPDATES
+        return reached(self.folder(out), UPDATES)
 
     def arguments(self, out: Path) -> list[str]:
         options = {**SHARED, **METHODS[self.method], **SAMPLERS[self.sampler]}
         options["saving.output_dir"] = out
-        given = (f"--config.{key}={value}" for key, value in options.items())
-        name = f"--config=worlds/{WORLD}"
-        return ["train", name, f"--seed={self.seed}", f"--exp_name={self.name}", *given]
+        return train_arguments(WORLD, self.name, self.seed, options)
 
 
 @dataclass(frozen=True)
@@ -320,16 +318,6 @@ def tables(found: dict[str, Any]) -> str:
         )
         lines.append(f"| {row['sampler']} | {row['steps']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", END])
-
-
-def insert_between(page: Path, start: str, text: str, end: str) -> None:
-    """Put a text, which has both marks, where the page has them. Raises ValueError without them."""
-    before = page.read_text(encoding="utf-8")
-    if start not in before or end not in before:
-        raise ValueError(f"{page} has no lines '{start}' and '{end}'")
-    head, _, rest = before.partition(start)
-    _, _, tail = rest.partition(end)
-    page.write_text(head + text + tail, encoding="utf-8")
 
 
 def picture(out: Path, path: Path) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core
 
 import torch
-from flow_samplers import insert_between
+from pages import insert_between
 from proofs import carry_out_all
-from proofs_run import RECORD, safe_name
+from proofs_run import RECORD, folder_of, reached, safe_name, train_arguments
 
 from nablagfn.commands.assemble import build_policy
 from nablagfn.evaluation import draw_paths
@@ -71,18 +71,15 @@ class Run:
         return safe_name(self.method, self.kind)
 
     def folder(self, out: Path) -> RunFolder:
-        return RunFolder(out / f"worlds-{self.world}_{self.name}_seed{self.seed}")
+        return folder_of(out, self.world, self.name, self.seed)
 
     def done(self, out: Path) -> bool:
-        rows = self.folder(out).metrics()
-        return bool(rows) and rows[-1]["update"] == UPDATES
+        return reached(self.folder(out), UPDATES)
 
     def arguments(self, out: Path) -> list[str]:
         options = {**SHARED, **METHODS[self.method], "method.guess": self.kind}
         options["saving.output_dir"] = out
-        given = (f"--config.{key}={value}" for key, value in options.items())
-        name = f"--config=worlds/{self.world}"
-        return ["train", name, f"--seed={self.seed}", f"--exp_name={self.name}", *given]
+        return train_arguments(self.world, self.name, self.seed, options)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pages import insert_between
 
 from nablagfn.commands import planner
 from nablagfn.commands.planner.parts import measure
@@ -103,13 +104,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def written(text: str, made: str) -> str:
-    """The document with the table between its marks."""
-    before, _, rest = text.partition(MARK)
-    _, _, after = rest.partition(MARK)
-    return f"{before}{MARK}\n{made}\n{MARK}{after}"
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--only", nargs="*", default=RECIPES, choices=RECIPES)
@@ -127,9 +121,8 @@ def main() -> None:
         if args.rows:
             with args.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[name]) + "\n")
-    text = DOC.read_text(encoding="utf-8")
     made = table([rows[name] for name in RECIPES if name in rows])
-    DOC.write_text(written(text, made), encoding="utf-8")
+    insert_between(DOC, MARK, f"{MARK}\n{made}\n{MARK}", MARK)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,30 @@ RECORD = "proof.json"
 def safe_name(*parts: str) -> str:
     """Labels in characters that a folder's name can have."""
     return "-".join("".join(c if c.isalnum() else " " for c in " ".join(parts)).split())
+
+
+def folder_of(out: Path, world: str, experiment: str, seed: int) -> RunFolder:
+    """Where `train_arguments` with saving.output_dir=out puts its run."""
+    return RunFolder(out / f"worlds-{world}_{experiment}_seed{seed}")
+
+
+def reached(folder: RunFolder, updates: int) -> bool:
+    """Whether a run has made its last update."""
+    rows = folder.metrics()
+    return bool(rows) and rows[-1]["update"] == updates
+
+
+def train_arguments(
+    world: str, experiment: str, seed: int, options: Mapping[str, object]
+) -> list[str]:
+    """Of `nablagfn`, for a run in a world."""
+    return [
+        "train",
+        f"--config=worlds/{world}",
+        f"--seed={seed}",
+        f"--exp_name={experiment}",
+        *(f"--config.{key}={value}" for key, value in options.items()),
+    ]
 
 
 @dataclass(frozen=True)
@@ -33,14 +58,12 @@ class Run:
         return safe_name(self.label, str(self.updates))
 
     def folder(self, out: Path) -> RunFolder:
-        name = f"worlds-{self.world}_{self.experiment}_seed{self.seed}"
-        return RunFolder(out / self.table / name)
+        return folder_of(out / self.table, self.world, self.experiment, self.seed)
 
     def done(self, out: Path) -> bool:
         """Whether it ended with figures: the last probe's, and for the claim a picture."""
         record = self.folder(out).read_json(RECORD)
-        rows = self.folder(out).metrics()
-        ended = bool(rows) and rows[-1]["update"] == self.updates  # a stopped run has a record, too
+        ended = reached(self.folder(out), self.updates)  # a stopped run has a record, too
         return record is not None and not record["diverged"] and ended
 
     def arguments(self, out: Path) -> list[str]:
@@ -53,10 +76,4 @@ class Run:
             "logging.save_freq": self.updates,
             "saving.output_dir": out / self.table,
         }
-        return [
-            "train",
-            f"--config=worlds/{self.world}",
-            f"--seed={self.seed}",
-            f"--exp_name={self.experiment}",
-            *(f"--config.{key}={value}" for key, value in options.items()),
-        ]
+        return train_arguments(self.world, self.experiment, self.seed, options)

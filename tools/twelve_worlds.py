@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run per core
 
 import torch
 from proofs import carry_out_all
+from proofs_run import folder_of, reached, train_arguments
 
 from nablagfn.commands.assemble import build_policy
 from nablagfn.core.kernels import KernelTable
@@ -74,11 +75,10 @@ class Run:
     seed: int
 
     def folder(self, out: Path) -> RunFolder:
-        return RunFolder(out / f"worlds-{self.world}_twelve_seed{self.seed}")
+        return folder_of(out, self.world, "twelve", self.seed)
 
     def done(self, out: Path) -> bool:
-        rows = self.folder(out).metrics()
-        return bool(rows) and rows[-1]["update"] == UPDATES
+        return reached(self.folder(out), UPDATES)
 
     def arguments(self, out: Path) -> list[str]:
         options = {
@@ -90,9 +90,7 @@ class Run:
             "evaluation.num_prompts": 0,
             "saving.output_dir": out,
         }
-        given = (f"--config.{key}={value}" for key, value in options.items())
-        name = f"--config=worlds/{self.world}"
-        return ["train", name, f"--seed={self.seed}", "--exp_name=twelve", *given]
+        return train_arguments(self.world, "twelve", self.seed, options)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -45,18 +47,13 @@ def halve(path: Path) -> None:
     )
 
 
-def export(work: Path, out: Path) -> None:
-    """Write the folder beside its place, then swap it in."""
+@contextlib.contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of ``out``, with its card and samples."""
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    assemble(work).save_pretrained(partial, safe_serialization=True)
-    for name in HALF:
-        halve(partial / f"{name}.safetensors")
-    if (work / "critics").exists():
-        shutil.copytree(work / "critics", partial / "critics")
-        for path in (partial / "critics").glob("*.safetensors"):
-            halve(path)
+    yield partial
     for extra in ("README.md", "samples.png"):
         if (out / extra).exists():
             shutil.copy(out / extra, partial / extra)
@@ -64,6 +61,18 @@ def export(work: Path, out: Path) -> None:
         os.replace(out, old)
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def export(work: Path, out: Path) -> None:
+    """Write the folder beside its place, then swap it in."""
+    with beside(out) as partial:
+        assemble(work).save_pretrained(partial, safe_serialization=True)
+        for name in HALF:
+            halve(partial / f"{name}.safetensors")
+        if (work / "critics").exists():
+            shutil.copytree(work / "critics", partial / "critics")
+            for path in (partial / "critics").glob("*.safetensors"):
+                halve(path)
 
 
 def main() -> None:

@@ -9,13 +9,12 @@ text encoder is one to the first: nothing stands twice in a checkout. A wheel ho
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from export import halve
+from export import beside, halve
 from train_flow import SHIPPED, build_scheduler, build_text_encoder, build_transformer
 from transformers import CLIPTokenizer
 
@@ -36,7 +35,8 @@ def assemble(weights: Path) -> StableDiffusion3Pipeline:
     encoder = build_text_encoder()
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae", dtype=torch.float32).eval()
-    vae.register_to_config(shift_factor=0.0)  # this pipeline needs a number
+    # This pipeline needs a shift; and where the weights came from is no path of a machine.
+    vae.register_to_config(shift_factor=0.0, _name_or_path=SHIPPED.name)
     return StableDiffusion3Pipeline(
         transformer=network.eval(),
         scheduler=build_scheduler(),
@@ -52,23 +52,14 @@ def assemble(weights: Path) -> StableDiffusion3Pipeline:
 
 def export(weights: Path, out: Path) -> None:
     """Write the folder beside its place, then swap it in."""
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    assemble(weights).save_pretrained(partial, safe_serialization=True)
-    for name in HALF:
-        halve(partial / f"{name}.safetensors")
-    for name, target in LINKS.items():
-        place = partial / name
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
-        place.symlink_to(target, target_is_directory=name != VAE)
-    for extra in ("README.md", "samples.png"):
-        if (out / extra).exists():
-            shutil.copy(out / extra, partial / extra)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    with beside(out) as partial:
+        assemble(weights).save_pretrained(partial, safe_serialization=True)
+        for name in HALF:
+            halve(partial / f"{name}.safetensors")
+        for name, target in LINKS.items():
+            place = partial / name
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+            place.symlink_to(target, target_is_directory=name != VAE)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config import Config
-from ..models.locate import config_of_part
+from ..models.locate import config_in
 from ..models.lora import FLUX as TARGETS
 from .family import StockSampler
 from .pipelines import PipelineFamily, flow_stock
@@ -31,7 +31,7 @@ def unshifted(config: Config) -> bool:
     if model == SCHNELL:
         return True
     folder = os.path.expanduser(model)
-    known = config_of_part(folder, "scheduler", revision, "scheduler_config.json")
+    known = config_in(folder, "scheduler/scheduler_config.json", revision, cached=True)
     return not known.get("use_dynamic_shifting", True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config import Config
-from ..models.locate import config_of_part
+from ..models.locate import config_in
 from ..models.lora import SANA as TARGETS
 from .family import StockSampler
 from .pipelines import PipelineFamily, flow_stock
@@ -31,7 +31,7 @@ def side_of(model: str) -> int:
         return 512
     if model in OF_1024:
         return SIDE
-    known = config_of_part(os.path.expanduser(model), "transformer")
+    known = config_in(os.path.expanduser(model), "transformer/config.json", cached=True)
     return 32 * int(known.get("sample_size", SIDE // 32))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from ..config import ConfigError
 from .clip_letters import clip_letters
 from .latent_model import LatentModel
-from .locate import INDEX, locate
+from .locate import INDEX, file_of, locate
 from .published import PUBLISHED, sd15
 from .stable_diffusion import StableDiffusion
 
@@ -37,7 +36,7 @@ def by_configuration(model: type[LatentModel], name: str, revision: str = "main"
             return assembled(model, PUBLISHED[name]())
         raise
     try:
-        index = json.loads(_file(source, INDEX, revision).read_text(encoding="utf-8"))
+        index = json.loads(file_of(source, INDEX, revision).read_text(encoding="utf-8"))
         parts = {
             part: _part(source, revision, part, *of)
             for part, of in index.items()
@@ -74,15 +73,6 @@ def random_sd15() -> StableDiffusionPipeline:
 
 def _left_out(part: str) -> bool:
     return any(part.startswith(name) for name in LEFT_OUT)
-
-
-def _file(source: str, name: str, revision: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder / name
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(source, name, revision=revision))
 
 
 def _part(source: str, revision: str, part: str, library: str, kind: str) -> Any:

@@ -9,12 +9,10 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from .flow_shift import resolution_mu
-from .latent_model import FlowModel, even_sigmas, packed, unpacked
+from .latent_model import FlowModel, packed, unpacked
 from .lora import FLUX
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_projections"
-TOKENS = 512  # of T5 in the pipeline's own call
 
 
 class Flux(FlowModel):
@@ -24,28 +22,13 @@ class Flux(FlowModel):
     pipeline_class = FluxPipeline
     lora_targets = FLUX
     encoders = ("text_encoder", "text_encoder_2")
+    own_tokens = 512  # of T5
+    tells_sigmas = True
     embeds_guidance = True
     patch = 2
 
     def channels(self) -> int:
         return int(self.network.config.in_channels) // 4
-
-    def mu(self, num_steps: int) -> float | None:
-        return self._mu() if self.pipeline.scheduler.config.get("use_dynamic_shifting") else None
-
-    def _mu(self) -> float:
-        config = self.pipeline.scheduler.config
-        _, height, width = self.sample_shape
-        return resolution_mu(
-            height // 2 * (width // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-
-    def scheduler_options(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": even_sigmas(num_steps), "mu": self._mu()}
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(
@@ -55,9 +38,8 @@ class Flux(FlowModel):
 
     def blank(self, rows: int) -> dict[str, Tensor]:
         config = self.network.config
-        tokens = self.asked.max_sequence_length or TOKENS
         return {
-            EMBEDS: torch.zeros(rows, tokens, config.joint_attention_dim),
+            EMBEDS: torch.zeros(rows, self.tokens, config.joint_attention_dim),
             POOLED: torch.zeros(rows, config.pooled_projection_dim),
         }
 

@@ -14,11 +14,10 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from .latent_model import FlowModel, even_sigmas
+from .latent_model import FlowModel
 from .lora import FLUX2
 
 EMBEDS = "prompt_embeds"
-TOKENS = 512  # of a prompt in the pipelines' own calls
 
 
 class Flux2(FlowModel):
@@ -31,30 +30,24 @@ class Flux2(FlowModel):
     pipeline_class = Flux2Pipeline
     lora_targets = FLUX2
     embeds_guidance = True
+    own_tokens = 512
+    tells_sigmas = True
 
     @property
     def pixels_per_latent(self) -> int:
         return 2 * int(self.pipeline.vae_scale_factor)
 
-    def mu(self, num_steps: int) -> float | None:
-        shifts = self.pipeline.scheduler.config.get("use_dynamic_shifting")
-        return self._mu(num_steps) if shifts else None
-
-    def _mu(self, num_steps: int) -> float:
+    def size_mu(self, num_steps: int) -> float:
         """μ by the number of tokens and of steps."""
         _, height, width = self.sample_shape
         return float(compute_empirical_mu(height * width, num_steps))
-
-    def scheduler_options(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": even_sigmas(num_steps), "mu": self._mu(num_steps)}
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(list(prompts), device=device, **self.asked.length)
         return {EMBEDS: embeds}
 
     def blank(self, rows: int) -> dict[str, Tensor]:
-        tokens = self.asked.max_sequence_length or TOKENS
-        return {EMBEDS: torch.zeros(rows, tokens, self.network.config.joint_attention_dim)}
+        return {EMBEDS: torch.zeros(rows, self.tokens, self.network.config.joint_attention_dim)}
 
     def call(
         self, network: Callable[..., Any], x: Tensor, time: Tensor, given: Mapping[str, Tensor]

@@ -6,6 +6,7 @@ A model family brings a subclass of `LatentModel`. Its defaults are those of a p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..config import Config, ConfigError
 from ..core.schedules import LinearNoising, Noising, Prediction
-from .flow_shift import FLOW_END, shift_by_mu, shifted_times
+from .flow_shift import FLOW_END, resolution_mu, shift_by_mu, shifted_times
 
 GRIDS = ("ddim", "dpm-solver")  # of samplers (`core.samplers`)
 PIPELINE_GRID = "pipeline"  # that of the pipeline's own scheduler, for its deterministic steps
@@ -49,13 +50,14 @@ class PipelineCall:
         return {"max_sequence_length": found} if found else {}
 
 
-class LatentModel:
+class LatentModel(ABC):
     """A loaded pipeline of one family.
 
     family: its name. lora_targets: endings of the names of the network's layers, by the words of
     model.lora_targets. encoders: the names of the pipeline's text encoders. text: which tensor of a
-    condition g_φ attends to. embeds_guidance: the network is told w, and is called once; otherwise
-    guidance is classifier-free. patch: the sides of a latent are its multiples. wide_vae: the
+    condition g_φ attends to. own_tokens: of a prompt in the pipeline's own call, where it takes
+    another number. embeds_guidance: the network is told w, and is called once; otherwise guidance
+    is classifier-free. patch: the sides of a latent are its multiples. wide_vae: the
     autoencoder overflows in half precision.
     """
 
@@ -64,6 +66,7 @@ class LatentModel:
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     text: ClassVar[str] = "prompt_embeds"
+    own_tokens: ClassVar[int] = 0
     wide_vae: ClassVar[bool] = False
     embeds_guidance: bool = False
     patch: int = 1
@@ -132,27 +135,32 @@ class LatentModel:
 
     # ---------------------------------------------------------------- what the network is given
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens a prompt has, where that can be told."""
+        return self.asked.max_sequence_length or self.own_tokens
+
+    @abstractmethod
     def times(self, grid: str, num_steps: int) -> Sequence[float]:
         """The model's times on a grid, as `Policy.times` gives them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """What the network is given of these prompts, by name, each [len(prompts), ...]."""
-        raise NotImplementedError
 
     def negative(self, device: torch.device) -> dict[str, Tensor]:
         """What it is given beside them in classifier-free guidance, each [1, ...]."""
         return self.encode([""], device)
 
+    @abstractmethod
     def blank(self, rows: int) -> dict[str, Tensor]:
         """Zeros of the shapes that `encode` gives, for counting."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(
         self, network: Callable[..., Any], x: Tensor, time: Tensor, given: Mapping[str, Tensor]
     ) -> Tensor:
         """u [M, C, H, W] of `network`, which is this model's or a compiled one of the same form."""
-        raise NotImplementedError
 
     @property
     def passes(self) -> int:
@@ -197,9 +205,13 @@ def unet_lora_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class FlowModel(LatentModel):
     """A flow-matching model: x = (1 − σ)x_clean + σ·noise, u = noise − x_clean, time σ in 0..1.
 
-    Its clean end is `FLOW_END` for samplers whose every step has a density.
+    Its clean end is `FLOW_END` for samplers whose every step has a density. tells_sigmas: its
+    pipeline gives even σ and μ to its scheduler, whether that shifts by μ or not. max_shift: μ of
+    4,096 tokens where the scheduler does not say.
     """
 
+    tells_sigmas: ClassVar[bool] = False
+    max_shift: ClassVar[float] = 1.15
     prediction: Prediction = "flow"
     noising: Noising = LinearNoising(cleanest=FLOW_END)
 
@@ -217,7 +229,20 @@ class FlowModel(LatentModel):
 
     def mu(self, num_steps: int) -> float | None:
         """μ of a shift that depends on the picture's size; None where it does not."""
-        return None
+        shifts = self.pipeline.scheduler.config.get("use_dynamic_shifting")
+        return self.size_mu(num_steps) if shifts else None
+
+    def size_mu(self, num_steps: int) -> float:
+        """μ by the number of a picture's tokens."""
+        config = self.pipeline.scheduler.config
+        _, height, width = self.sample_shape
+        return resolution_mu(
+            height // self.patch * (width // self.patch),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", self.max_shift),
+        )
 
     def shift(self, num_steps: int) -> float:
         """s of σ ↦ sσ/(1 + (s − 1)σ)."""
@@ -228,6 +253,8 @@ class FlowModel(LatentModel):
 
     def scheduler_options(self, num_steps: int) -> dict[str, Any]:
         """What the pipeline gives to its scheduler's set_timesteps beside the number of steps."""
+        if self.tells_sigmas:
+            return {"sigmas": even_sigmas(num_steps), "mu": self.size_mu(num_steps)}
         mu = self.mu(num_steps)
         return {} if mu is None else {"mu": mu}
 

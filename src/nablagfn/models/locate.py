@@ -52,12 +52,19 @@ def locate(name: str, revision: str = "main") -> str:
 
 def pipeline_class(name: str, revision: str = "main") -> str:
     """The class that `name` was saved by, as its model_index.json says. Raises ConfigError."""
-    source = locate(name, revision)
+    return class_in(file_of(locate(name, revision), INDEX, revision), name)
+
+
+def file_of(source: str, path: str, revision: str = "main", *, cached: bool = False) -> Path:
+    """A file of a pipeline that `locate` has found; of a folder it need not be there.
+
+    cached: only if it lies on this machine. Raises OSError where the hub does not give it.
+    """
     if os.path.isdir(source):
-        return class_in(Path(source) / INDEX, name)
+        return Path(source) / path
     from huggingface_hub import hf_hub_download
 
-    return class_in(Path(hf_hub_download(source, INDEX, revision=revision)), name)
+    return Path(hf_hub_download(source, path, revision=revision, local_files_only=cached))
 
 
 def class_in(index: Path, name: str) -> str:
@@ -87,18 +94,12 @@ def part_in(config: Path) -> str:
         return ""
 
 
-def config_of_part(
-    source: str, part: str, revision: str = "main", file_name: str = "config.json"
+def config_in(
+    source: str, path: str, revision: str = "main", *, cached: bool = False
 ) -> Mapping[str, Any]:
-    """What a pipeline's part was built with, by its config.json; empty where that is not there."""
-    file = Path(source) / part / file_name
+    """What stands in a JSON file of a pipeline (`file_of`); empty where that is not there."""
     try:
-        if not os.path.isdir(source):
-            from huggingface_hub import hf_hub_download
-
-            file = Path(
-                hf_hub_download(source, f"{part}/{file_name}".lstrip("/"), revision=revision)
-            )
+        file = file_of(source, path, revision, cached=cached)
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
@@ -108,15 +109,15 @@ def config_of_part(
 def missing_parts(source: str, revision: str = "main") -> list[str]:
     """The parts that a pipeline was saved without, which diffusers wants to be told again; what
     SD3 calls its T5, for example."""
-    listed = config_of_part(source, "", revision, INDEX)
+    listed = config_in(source, INDEX, revision)
     absent = [name for name, value in listed.items() if value == [None, None]]
     return [name for name in absent if name.startswith(("text_encoder", "tokenizer"))]
 
 
 def check_unet(name: str, source: str, revision: str = "main") -> None:
     """Raises ConfigError for a U-Net that is given more than the noisy latents."""
-    seen = config_of_part(source, "unet", revision).get("in_channels")
-    known = config_of_part(source, "vae", revision).get("latent_channels")
+    seen = config_in(source, "unet/config.json", revision).get("in_channels")
+    known = config_in(source, "vae/config.json", revision).get("latent_channels")
     if seen and known and seen != known:
         raise ConfigError(
             f"config.pretrained.model={name!r} has a U-Net of {seen} input channels for latents of "

@@ -10,12 +10,10 @@ from diffusers import QwenImagePipeline
 from torch import Tensor
 from torch.nn import functional
 
-from .flow_shift import resolution_mu
-from .latent_model import FlowModel, even_sigmas, packed, unpacked
+from .latent_model import FlowModel, packed, unpacked
 from .lora import QWEN_IMAGE
 
 EMBEDS, MASK = "prompt_embeds", "prompt_embeds_mask"
-TOKENS = 512  # of a prompt in the pipeline's own call
 ROUND = 32  # lengths of prompts come in multiples of it, so that a compiled network sees few
 
 
@@ -29,6 +27,8 @@ class QwenImage(FlowModel):
     family = "qwen-image"
     pipeline_class = QwenImagePipeline
     lora_targets = QWEN_IMAGE
+    own_tokens = 512
+    tells_sigmas = True
     patch = 2
 
     def idle_layers(self) -> set[str]:
@@ -39,28 +39,6 @@ class QwenImage(FlowModel):
 
     def channels(self) -> int:
         return int(self.network.config.in_channels) // 4
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens all prompts are padded to."""
-        return self.asked.max_sequence_length or TOKENS
-
-    def mu(self, num_steps: int) -> float | None:
-        return self._mu() if self.pipeline.scheduler.config.get("use_dynamic_shifting") else None
-
-    def _mu(self) -> float:
-        config = self.pipeline.scheduler.config
-        _, height, width = self.sample_shape
-        return resolution_mu(
-            height // 2 * (width // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-
-    def scheduler_options(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": even_sigmas(num_steps), "mu": self._mu()}
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The template's beginning is left out by the pipeline; what is missing to `tokens` is 0

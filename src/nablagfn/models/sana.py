@@ -16,7 +16,6 @@ from .latent_model import FlowModel
 from .lora import SANA
 
 EMBEDS, MASK = "prompt_embeds", "prompt_attention_mask"
-TOKENS = 300  # of a prompt in the pipeline's own call
 SIDE = 32  # the pipeline draws multiples of it
 INSTRUCTION = "complex_human_instruction"  # the pipeline's own stands in its call's defaults
 
@@ -32,6 +31,7 @@ class Sana(FlowModel):
     family = "sana"
     pipeline_class = SanaPipeline
     lora_targets = SANA
+    own_tokens = 300
 
     def __init__(self, pipeline: Any, *call: Any) -> None:
         config = pipeline.scheduler.config
@@ -50,10 +50,9 @@ class Sana(FlowModel):
         side = int(self.network.config.sample_size) * self.pixels_per_latent
         return side, side
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens all prompts are padded to."""
-        return self.asked.max_sequence_length or TOKENS
+    def mu(self, num_steps: int) -> float | None:
+        """The pipeline tells none."""
+        return None
 
     def shift(self, num_steps: int) -> float:
         return float(self.pipeline.scheduler.config.flow_shift)

@@ -9,12 +9,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from .flow_shift import resolution_mu
 from .latent_model import FlowModel
 from .lora import MMDIT
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_projections"
-TOKENS = 256  # of T5 in the pipeline's own call
 
 
 class StableDiffusion3(FlowModel):
@@ -24,6 +22,8 @@ class StableDiffusion3(FlowModel):
     pipeline_class = StableDiffusion3Pipeline
     lora_targets = MMDIT
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    own_tokens = 256  # of T5
+    max_shift = 1.16  # as its pipeline has it
 
     def __init__(self, pipeline: Any, *call: Any) -> None:
         self.patch = pipeline.transformer.config.patch_size
@@ -33,19 +33,6 @@ class StableDiffusion3(FlowModel):
         """The last block drops what it makes of the prompt, and so these queries."""
         last = self.network.config.num_layers - 1
         return {f"transformer_blocks.{last}.attn.add_q_proj"}
-
-    def mu(self, num_steps: int) -> float | None:
-        config = self.pipeline.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return None
-        _, height, width = self.sample_shape
-        return resolution_mu(
-            height // self.patch * (width // self.patch),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
-        )
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         asked = list(prompts)
@@ -62,9 +49,8 @@ class StableDiffusion3(FlowModel):
     def blank(self, rows: int) -> dict[str, Tensor]:
         config = self.network.config
         words = self.pipeline.text_encoder.config.max_position_embeddings
-        tokens = words + (self.asked.max_sequence_length or TOKENS)
         return {
-            EMBEDS: torch.zeros(rows, tokens, config.joint_attention_dim),
+            EMBEDS: torch.zeros(rows, words + self.tokens, config.joint_attention_dim),
             POOLED: torch.zeros(rows, config.pooled_projection_dim),
         }
 

@@ -10,12 +10,10 @@ from diffusers import ZImagePipeline
 from torch import Tensor
 from torch.nn import functional
 
-from .flow_shift import resolution_mu
-from .latent_model import FlowModel, even_sigmas
+from .latent_model import FlowModel
 from .lora import Z_IMAGE
 
 EMBEDS, LENGTH = "prompt_embeds", "prompt_length"
-TOKENS = 512  # of a prompt in the pipeline's own call, at most
 SIDE = 1024  # of the pipeline's own pictures, in pixels
 
 
@@ -28,32 +26,12 @@ class ZImage(FlowModel):
     family = "z-image"
     pipeline_class = ZImagePipeline
     lora_targets = Z_IMAGE
+    own_tokens = 512  # at most
+    tells_sigmas = True
     patch = 2
 
     def default_pixels(self) -> tuple[int, int]:
         return SIDE, SIDE
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens all prompts are padded to."""
-        return self.asked.max_sequence_length or TOKENS
-
-    def mu(self, num_steps: int) -> float | None:
-        return self._mu() if self.pipeline.scheduler.config.get("use_dynamic_shifting") else None
-
-    def _mu(self) -> float:
-        config = self.pipeline.scheduler.config
-        _, height, width = self.sample_shape
-        return resolution_mu(
-            height // 2 * (width // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-
-    def scheduler_options(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": even_sigmas(num_steps), "mu": self._mu()}
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """What is missing to `tokens` is 0, and cut before the network sees it."""

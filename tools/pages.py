@@ -1,0 +1,15 @@
+"""Pages of the documents of which a script writes a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def insert_between(page: Path, start: str, text: str, end: str) -> None:
+    """Put a text, which has both marks, where the page has them. Raises ValueError without them."""
+    before = page.read_text(encoding="utf-8")
+    if start not in before or end not in before:
+        raise ValueError(f"{page} has no lines '{start}' and '{end}'")
+    head, _, rest = before.partition(start)
+    _, _, tail = rest.partition(end)
+    page.write_text(head + text + tail, encoding="utf-8")
