@@ -73,8 +73,8 @@ def amount_of(sampling: Sampling) -> float:
     """η of the run, or what its sampler has in its place: how much noise a step draws.
 
     Raises ConfigError when sampling.eta or sampling.sde_noise is set for a sampler without it, and
-    for more noise than cps has. A method may draw
-    without noise instead (`methods.registry.amount_of_run`).
+    for more noise than cps has. A method may draw without noise instead
+    (`methods.registry.amount_of_run`).
     """
     sampler = find_sampler(sampling.scheduler)
     if sampler.rule != POSTERIOR:

@@ -20,6 +20,11 @@ from torch import Tensor
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
+def share_of_signal(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """ᾱ = α²/(α² + σ²) in 0..1."""
+    return alpha.square() / (alpha.square() + sigma.square())
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """N+1 levels, noisiest first, each [N+1] float64 on the CPU; time is what the model is told.
@@ -42,8 +47,8 @@ class Schedule:
 
     @property
     def alpha_bar(self) -> Tensor:
-        """ᾱ = α²/(α² + σ²), [N+1]: the share of the signal."""
-        return self.alpha.square() / (self.alpha.square() + self.sigma.square())
+        """ᾱ, [N+1]: the share of the signal."""
+        return share_of_signal(self.alpha, self.sigma)
 
 
 def _some(time: Tensor) -> str:
@@ -61,8 +66,8 @@ class Levels:
 
     @property
     def alpha_bar(self) -> Tensor:
-        """ᾱ = α²/(α² + σ²): the share of the signal."""
-        return self.alpha.square() / (self.alpha.square() + self.sigma.square())
+        """ᾱ: the share of the signal."""
+        return share_of_signal(self.alpha, self.sigma)
 
 
 class Noising(Protocol):

@@ -297,22 +297,23 @@ class LatentPolicy:
         )
 
     def _encode(self, prompts: Sequence[str]) -> None:
-        with torch.no_grad(), quiet():
-            found = {
-                name: value.cpu() for name, value in self.model.encode(prompts, self.device).items()
-            }
-        for hook in self._encoder_hooks:
-            hook.offload()
+        encoded = self._asked(lambda device: self.model.encode(prompts, device))
+        found = {name: value.cpu() for name, value in encoded.items()}
         for row, prompt in enumerate(prompts):
             self._encoded[prompt] = {name: value[row] for name, value in found.items()}
 
     def _negative(self) -> dict[str, Tensor]:
         """What the network is given beside the prompts in guidance, each [1, ...]."""
+        found = self._asked(self.model.negative)
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    def _asked(self, encode: Callable[[torch.device], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What the text encoders make of something; those that only visit the device leave it."""
         with torch.no_grad(), quiet():
-            found = self.model.negative(self.device)
+            found = encode(self.device)
         for hook in self._encoder_hooks:
             hook.offload()
-        return {name: value.to(self.device) for name, value in found.items()}
+        return found
 
     def offload_text_encoder(self) -> None:
         """Keep the text encoders in the computer's memory but while each encodes new prompts."""
