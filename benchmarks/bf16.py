@@ -29,7 +29,7 @@ def load(dtype: torch.dtype, size: float) -> StableDiffusionPolicy:
     """The model with the same random B, whatever the dtype."""
     policy = StableDiffusionPolicy.from_pretrained("tiny-animals", dtype=dtype, guidance_scale=1.0)
     draw = torch.Generator().manual_seed(0)
-    for name, parameter in policy.unet.named_parameters():
+    for name, parameter in policy.network.named_parameters():
         if "lora_B" in name:
             parameter.data = size * torch.randn(parameter.shape, generator=draw)
     return policy

@@ -72,8 +72,8 @@ def true_peak(config: Config, rows: int) -> float:
         )
         drawn = trainer.collector.collect(0)
         (chosen,) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
-        modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
-        modules += modules_of(trainer.reward)
+        modules = [policy.network, policy.vae, *policy.encoders().values()]
+        modules += [trainer.objective.modules, *modules_of(trainer.reward)]
         with Tracker([*tensors_of(modules), chosen.paths.x, chosen.paths.output]) as tracker:
             trainer.updater.accumulate(chosen, rows)
     return tracker.peak

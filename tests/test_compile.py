@@ -128,8 +128,9 @@ def test_no_graph_is_used_for_another_state(broken: bool, captured: None) -> Non
     far = known[STATES[0]][0] - known[(True, False, False)][0]
     assert float(far.abs().max()) > 1e-3
     if broken:
-        policy.unet.conv_norm_out.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
-    tune.compile_modules((policy.unet,))
+        last = policy.network.conv_norm_out
+        last.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    tune.compile_modules((policy.network,))
     pairs = list(product(STATES[1:4:2] if broken else STATES, repeat=2))
     random.Random(0).shuffle(pairs)
     for state in (state for pair in pairs for state in pair):
@@ -149,7 +150,7 @@ def test_the_option_compiles_the_reward_and_nothing_else(captured: None) -> None
         reward = assemble.build_reward(config, CPU)
         policy: Any = assemble.build_policy(config, CPU)
         assert all((m._compiled_call_impl is not None) == on for m in networks_of(reward))
-        assert policy.unet._compiled_call_impl is policy.vae.decoder._compiled_call_impl is None
+        assert policy.network._compiled_call_impl is policy.vae.decoder._compiled_call_impl is None
 
 
 @pytest.mark.parametrize("switch", ["compile", "compile_reward", "cuda_graphs"])
@@ -184,7 +185,7 @@ def test_paths_drawn_by_graphs_that_reuse_their_buffer(monkeypatch: pytest.Monke
     policy, log = make_policy(guidance_scale=1.0), list[str]()
     _, known = draw(policy)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: log.append("step"))
-    policy.network_free = tune.Replayed(Reusing(policy.unet, log))
+    policy.network_free = tune.Replayed(Reusing(policy.network, log))
     _, found = draw(policy)
     assert torch.equal(found.paths.x, known.paths.x)
     assert torch.equal(found.paths.output, known.paths.output)

@@ -54,7 +54,7 @@ def held_by_update(config: Config, rows: int) -> float:
     drawn = replace(trainer.collector.collect(0), reward=torch.zeros(4))
     trainer.objective.observe(drawn.condition.prompts, drawn.reward)
     (chosen, *_) = trainer.collector.batches(drawn, 0, 0, trainer.objective)
-    modules = [policy.unet, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
+    modules = [policy.network, policy.vae, policy.pipeline.text_encoder, trainer.objective.modules]
     with Tracker([*tensors_of(modules), chosen.paths.x, chosen.paths.output]) as tracker:
         trainer.updater.accumulate(chosen, rows)
     return tracker.peak

@@ -92,15 +92,15 @@ def test_only_the_lora_is_trained() -> None:
     x, timestep, where = some_inputs(policy)
     policy.output(x, timestep, where).square().sum().backward()
     ours = {id(p) for p in policy.parameters()}
-    parts = (policy.unet, policy.vae, policy.pipeline.text_encoder)
+    parts = (policy.network, policy.vae, policy.pipeline.text_encoder)
     trained = [p for part in parts for p in part.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == ours
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters())
-    names = [n for n, _ in policy.unet.named_parameters() if ".lora_" in n]
+    names = [n for n, _ in policy.network.named_parameters() if ".lora_" in n]
     for target in ("to_q", "to_k", "to_v", "to_out.0"):
         for block in ("attn1", "attn2"):
             assert any(f"{block}.{target}.lora_A" in name for name in names)
-    assert all(p.shape[0] == 3 for n, p in policy.unet.named_parameters() if ".lora_A." in n)
+    assert all(p.shape[0] == 3 for n, p in policy.network.named_parameters() if ".lora_A." in n)
 
 
 def test_the_lora_s_start_depends_on_its_seed_only() -> None:
@@ -119,7 +119,7 @@ def test_guidance_one_is_the_conditional_model() -> None:
     policy = make_policy(guidance_scale=1.0)
     x, timestep, where = some_inputs(policy)
     with torch.no_grad():
-        known = policy.unet(x, timestep, where.tensors["prompt_embeds"]).sample
+        known = policy.network(x, timestep, where.tensors["prompt_embeds"]).sample
         assert torch.equal(policy.output(x, timestep, where), known)
 
 
@@ -323,7 +323,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(through: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         policy = make_policy(gradient_checkpointing=checkpointing)
-        assert policy.unet.is_gradient_checkpointing is checkpointing
+        assert policy.network.is_gradient_checkpointing is checkpointing
         x, timestep, where = some_inputs(policy)
         leaves = [x.requires_grad_()] if through == "input" else policy.parameters()
         value = policy.output(x, timestep, where).square().sum()
@@ -338,7 +338,7 @@ def test_a_half_precision_model_keeps_lora_and_algebra_in_float32(
     dtype: torch.dtype, tiny_folder: Path
 ) -> None:
     policy = StableDiffusionPolicy.from_pretrained(str(tiny_folder), dtype=dtype, lora_rank=2)
-    assert policy.dtype == dtype and policy.unet.conv_in.weight.dtype == dtype
+    assert policy.dtype == dtype and policy.network.conv_in.weight.dtype == dtype
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert policy.noising.levels(torch.zeros(1)).alpha.dtype == torch.float64
     if dtype == torch.float16:

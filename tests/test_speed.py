@@ -356,7 +356,7 @@ def on_meta(policy: StableDiffusionPolicy) -> Iterator[StableDiffusionPolicy]:
     """The policy on a device that computes nothing and whose values cannot be read."""
     policy.condition(PROMPTS)  # encoded before
     empty = policy._negative()
-    policy.unet.to("meta")
+    policy.network.to("meta")
     policy.vae.to("meta")
     policy._empty = {name: value.to("meta") for name, value in empty.items()}
     yield policy
@@ -517,7 +517,7 @@ def test_a_switch_changes_speed_and_not_the_run(
     trainer, found = trained(tmp_path, **{f"speed.{switch}": True})
     same_weights(found, plain)
     if switch == "channels_last":
-        weight = trainer.policy.unet.conv_in.weight
+        weight = trainer.policy.network.conv_in.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
     elif switch == "fused_optimizer":
         assert all(group["fused"] for group in trainer.updater.optimizer.param_groups)

@@ -87,9 +87,9 @@ def test_the_lora_of_a_run_gives_its_pictures_in_a_fresh_pipeline(tmp_path: Path
     with torch.no_grad():
         embeds = where.tensors["prompt_embeds"]
         theirs = fresh.unet(x, time, embeds, return_dict=False)[0]
-        ours = trainer.policy.unet(x, time, embeds, return_dict=False)[0]
+        ours = trainer.policy.network(x, time, embeds, return_dict=False)[0]
         with trainer.policy.reference():
-            base = trainer.policy.unet(x, time, embeds, return_dict=False)[0]
+            base = trainer.policy.network(x, time, embeds, return_dict=False)[0]
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
     assert (ours - base).abs().max() > 1e-3
 

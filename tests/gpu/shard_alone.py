@@ -51,7 +51,7 @@ def main(model: str, out: Path) -> None:
     moved = [float(v.abs().max()) for name, v in known.items() if "lora_B" in name]
     worst = [float((found[name] - value).abs().max()) for name, value in known.items()]
     rows = [t.folder.metrics()[0]["loss"] for t in (whole, parts)]
-    held = sum(isinstance(p, DTensor) for p in parts.policy.unet.parameters())
+    held = sum(isinstance(p, DTensor) for p in parts.policy.network.parameters())
     figures = {
         "device": parts.policy.device.type,
         "backend": torch.distributed.get_backend(),

@@ -73,4 +73,4 @@ def test_every_record(method: str, precision: str, device: torch.device, tmp_pat
         if name != "step"
     ]
     assert moments and {value.device.type for value in moments} == {device.type}
-    assert {p.dtype for p in trainer.policy.unet.conv_in.parameters()} == {dtype}
+    assert {p.dtype for p in trainer.policy.network.conv_in.parameters()} == {dtype}

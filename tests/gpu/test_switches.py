@@ -60,7 +60,7 @@ def test_cuda_graphs_draw_the_plain_paths_bit_for_bit(cuda: torch.device, tmp_pa
     where = policy.condition(["a cat", "a dog", "ants"], ())
     known = rollout(policy, table, noise, where)
     policy.network_free = Replayed(
-        torch.compile(policy.unet.forward, dynamic=False, backend="cudagraphs")
+        torch.compile(policy.network.forward, dynamic=False, backend="cudagraphs")
     )
     for _ in range(3):  # warm-up, capture, replay
         found = rollout(policy, table, noise, where)

@@ -110,11 +110,6 @@ class StableDiffusionPolicy(LatentPolicy):
     guidance_scale: w of classifier-free guidance, >= 1. Options as those of `LatentPolicy`.
     """
 
-    @property
-    def unet(self) -> Any:
-        """The U-Net, with its LoRA."""
-        return self.network
-
     def __init__(
         self,
         pipeline: StableDiffusionPipeline,
