@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +308,38 @@ def test_an_export_that_draws_other_pictures_leaves_nothing(
         main(["export", str(run.path), "--format=kohya", f"--out={out}"])
     told = capsys.readouterr().err
     assert "the kohya export draws other pictures" in told and len(told.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_loaded_afresh_has_the_room_of_the_trained_model(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That model waits in the computer's memory; parts come one by one where they did in the run;
+    a GPU that is too small all the same is one line, and nothing is written."""
+    module = importlib.import_module("nablagfn.commands.export.export")
+    seen: list[object] = []
+
+    class Pipeline:
+        def to(self, device: torch.device) -> Pipeline:
+            seen.append(device)
+            return self
+
+        def enable_model_cpu_offload(self, device: torch.device) -> None:
+            seen.append(("one by one", device))
+
+    gpu, config = torch.device("cuda"), run.config()
+    for offload in (False, True):
+        config.speed.offload_text_encoder = offload
+        drew = SimpleNamespace(config=config, device=gpu)
+        assert isinstance(module._placed(Pipeline(), drew), Pipeline)
+    assert seen == [gpu, ("one by one", gpu)]
+
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "_placed", full)
+    with pytest.raises(ConfigError, match="does not fit on this GPU"):
+        export(run, out=tmp_path / "out", show_progress=False)
     assert list(tmp_path.iterdir()) == []
 
 

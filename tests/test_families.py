@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from nablagfn.commands.planner.parts import META, build_subject
+from nablagfn.commands.doctor import parts
+from nablagfn.commands.doctor.records import Patient
+from nablagfn.commands.planner.parts import META, build_subject, measure
 from nablagfn.config import Config, ConfigError, set_option
 from nablagfn.config.drawn import drawn_with
-from nablagfn.families import FAMILIES
+from nablagfn.families import FAMILIES, find_family
+from nablagfn.methods.build import build_kernel, build_objective
+from nablagfn.methods.parts import Parts
 from nablagfn.methods.registry import check_settings
+from nablagfn.models.latent_model import PipelineCall
+from nablagfn.models.load import policy_of
 from nablagfn.models.locate import missing_parts
+from nablagfn.models.published import PUBLISHED
+from nablagfn.models.sd3 import StableDiffusion3
+from nablagfn.prompts import PromptSet
+from nablagfn.report.loading import stock_of
+from nablagfn.rewards import NamedReward
 from tests.tiny_families import TINY, pixels
+
+CPU = torch.device("cpu")
 
 
 def config_of(**options: object) -> Config:
@@ -100,3 +115,104 @@ def test_paths_without_noise_have_no_sampler_of_noise(option: str, value: object
     config = config_of(experiment__method="vgg-flow", **{f"sampling__{option}": value})
     with pytest.raises(ConfigError, match=rf"config\.sampling\.{option}=.*=vgg-flow"):
         check_settings(config)
+
+
+def test_sd3_draws_as_far_as_it_knows_places() -> None:
+    pipeline = TINY["sd3"]()
+    most = pipeline.transformer.config.pos_embed_max_size * pipeline.transformer.config.patch_size
+    most *= pipeline.vae_scale_factor
+    assert StableDiffusion3(pipeline, PipelineCall(height=most)).sample_shape[1] > 0
+    step = pipeline.transformer.config.patch_size * pipeline.vae_scale_factor
+    with pytest.raises(ConfigError, match=rf"config\.sampling\.width={most + step}: .* {most} pix"):
+        StableDiffusion3(pipeline, PipelineCall(width=most + step))
+
+
+@pytest.mark.parametrize("no_flow", [True, False])
+def test_a_flow_network_that_is_not_learned_is_not_built(no_flow: bool, tmp_path: Path) -> None:
+    """Latents of 10×10 have no third level: no matter where g_φ is not there."""
+    TINY["sd3"]().save_pretrained(tmp_path)
+    config = config_of(
+        pretrained__model=str(tmp_path),
+        pretrained__family="sd3",
+        experiment__reward_fn="brightness",
+        sampling__height=20,
+        sampling__width=20,
+        model__flow_channel_width="8,16,32",
+        model__no_flow=no_flow,
+    )
+    if not no_flow:
+        with pytest.raises(ConfigError, match="flow_channel_width"):
+            measure(config, CPU)
+        return
+    found = measure(config, CPU)
+    assert found.flow.peak == found.fixed["flow network and its optimizer"] == 0
+    patient = Patient(config, CPU)
+    vars(patient).update(policy=find_family(config).load(config, CPU, False))
+    assert parts.flow(patient).text == "none"
+
+
+@pytest.mark.parametrize("name", ["vgg-flow", "nabla-db"])
+def test_sana_of_512_pixels_is_drawn_so_with_and_without_noise(name: str) -> None:
+    config = config_of(
+        pretrained__model="Efficient-Large-Model/Sana_1600M_512px_diffusers",
+        experiment__method=name,
+        sampling__scheduler="ddpm",
+    )
+    call = stock_of(find_family(config), config, ()).call
+    assert call["height"] == call["width"] == 512 and not call["use_resolution_binning"]
+
+
+def test_a_world_has_no_pixels() -> None:
+    for key in ("height", "width", "max_sequence_length"):
+        config = config_of(pretrained__model="worlds/ring", **{f"sampling__{key}": 64})
+        with pytest.raises(ConfigError, match=rf"config\.sampling\.{key}=64: worlds/ring is a wor"):
+            FAMILIES["world"].check(config)
+
+
+def test_vgg_flow_in_half_precision_minds_the_difference_that_it_takes() -> None:
+    policy = policy_of(
+        StableDiffusion3,
+        "tiny-animals-flow",
+        PipelineCall(max_sequence_length=1),
+        device="cpu",
+        dtype=torch.bfloat16,
+    )
+    config = config_of(experiment__method="vgg-flow", sampling__num_steps=4)
+    given = NamedReward("dark", lambda images, prompts, metadata: -images.mean((1, 2, 3)))
+    made = Parts(config, policy, given, PromptSet(("a cat",)), build_kernel(config, policy))
+    with pytest.raises(ConfigError, match=r"config\.method\.vgg_difference=0.01"):
+        build_objective(made)
+    config.model.no_flow = True
+    assert len(build_objective(made).modules) == 0
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_one_update_at_full_size_is_there_for_every_family(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tools/full_size_update.py` with narrow parts: its random model gives finite outputs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    tool = importlib.import_module("full_size_update")
+    name = next(n for n in (*PUBLISHED, "runwayml/stable-diffusion-v1-5") if of(n) == family)
+
+    numbered = ("stable-diffusion", "sdxl", "sana")  # their schedulers' numbers are needed
+
+    def narrow() -> dict[str, Any]:
+        with torch.device("cpu" if family in numbered else "meta"):
+            return dict(TINY[family]().to("meta").components)
+
+    monkeypatch.setitem(tool.PUBLISHED, name, narrow)
+    config = tool.settings("aesthetic", name, pixels(family), "out")
+    known = FAMILIES[family].of_diffusers
+    assert known is not None
+    if known.lengths:
+        config.sampling.max_sequence_length = 16
+    policy = tool.random_policy(config, CPU)
+    x = torch.zeros(1, *policy.sample_shape)
+    with torch.no_grad():
+        found = policy.output(x, torch.tensor([policy.noising.noisiest]), policy.condition(["a"]))
+        assert torch.isfinite(found).all() and torch.isfinite(policy.decode(x)).all()
+
+
+def of(name: str) -> str:
+    return find_family(config_of(pretrained__model=name)).name

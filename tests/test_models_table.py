@@ -53,6 +53,10 @@ def test_a_row_says_what_fits_and_only_the_marked_part_is_written(
     tool.insert_between(page, tool.MARK, f"{tool.MARK}\n{made}\n{tool.MARK}", tool.MARK)
     known = f"before\n{tool.MARK}\n{made}\n{tool.MARK}\nafter\n"
     assert page.read_text(encoding="utf-8") == known
+    page.write_text(one := f"before\n{tool.MARK}\nafter\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no lines"):  # and loses none
+        tool.insert_between(page, tool.MARK, made, tool.MARK)
+    assert page.read_text(encoding="utf-8") == one
 
 
 def test_the_page_has_every_row(tool: ModuleType) -> None:

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from nablagfn import Config, PromptSet, StableDiffusionPolicy, Trainer, load_config
 from nablagfn.commands.architectures import REWARDS
@@ -49,6 +50,10 @@ def peak_gib(device: torch.device) -> float:
 def filled(part: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The part with small random matrices, norms of 1, and zeros elsewhere."""
     part.to_empty(device=device)
+    for module in part.modules():
+        if isinstance(module, QwenEmbedRope):  # its tables are neither parameters nor buffers
+            fresh = QwenEmbedRope(module.theta, module.axes_dim, module.scale_rope)
+            module.pos_freqs, module.neg_freqs = fresh.pos_freqs, fresh.neg_freqs
     with torch.no_grad():
         for name, value in [*part.named_parameters(), *part.named_buffers()]:
             if value.ndim > 1 and value.is_floating_point():
@@ -59,36 +64,33 @@ def filled(part: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def random_policy(config: Config, device: torch.device) -> LatentPolicy:
-    """The model of `config` with random weights, without text encoders."""
-    family = find_family(config)
-    kind = family.of_diffusers.latent_model
+    """The model of `config` with random weights; its text encoders stay on "meta", unused."""
+    of = find_family(config).of_diffusers
+    kind = of.latent_model
     with torch.device("meta"):  # an encoder alone may be larger than the memory
         made = PUBLISHED[config.pretrained.model]()
-    parts = {
-        name: filled(part, device) if isinstance(part, torch.nn.Module) else part
-        for name, part in made.items()
-        if not name.startswith("text_encoder")
-    }
-    with torch.device("meta"):
-        shapes = family.skeleton(config).model.blank(1)
+    for name in ("unet", "transformer", "vae"):
+        if name in made:
+            filled(made[name], device)
     policy = LatentPolicy(
-        kind(assembled(kind, parts), PipelineCall.of(config)),
+        kind(assembled(kind, made), PipelineCall.of(config)),
         name=f"{config.pretrained.model}, random",
         gradient_checkpointing=True,
-        vae_checkpointing=True,
+        vae_checkpointing=config.training.vae_checkpointing,
     )
 
     def encode(prompts, device):
-        made = torch.Generator().manual_seed(len(prompts[0]))
+        draw = torch.Generator().manual_seed(len(prompts[0]))
+        blank = policy.model.blank(len(prompts)).items()  # its whole numbers are masks and lengths
         return {
-            name: torch.randn(len(prompts), *value.shape[1:], generator=made).to(device)
-            for name, value in shapes.items()
+            name: (
+                torch.randn(value.shape, generator=draw) if value.is_floating_point() else value
+            ).to(device)
+            for name, value in blank
         }
 
-    def blank(rows):
-        return {name: torch.zeros(rows, *value.shape[1:]) for name, value in shapes.items()}
-
-    policy.model.encode, policy.model.blank = encode, blank
+    policy.model.encode = encode
+    policy.model.negative = lambda device: encode([""], device)
     return policy
 
 
@@ -108,7 +110,8 @@ def settings(name: str, model: str, pixels: int, out: str) -> Config:
     if model not in SD15:
         config.pretrained.model = model
         config.sampling.height = config.sampling.width = pixels
-        config.training.vae_checkpointing = True
+        of = find_family(config).of_diffusers
+        config.training.vae_checkpointing = of.recomputes_vae
     return config
 
 

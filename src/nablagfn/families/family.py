@@ -81,12 +81,16 @@ class Own:
 class OfDiffusers(Protocol):
     """What families of diffusers' pipelines share (`pipelines.PipelineFamily`), as others see it.
 
-    lengths: prompts may have sampling.max_sequence_length tokens. deterministic: how diffusers
-    draws with η = 0 on the pipeline's own grid.
+    lengths: prompts may have sampling.max_sequence_length tokens. recomputes_vae: its decoder can
+    recompute its activations. deterministic: how diffusers draws with η = 0 on the pipeline's own
+    grid.
     """
 
     @property
     def lengths(self) -> bool: ...
+
+    @property
+    def recomputes_vae(self) -> bool: ...
 
     @property
     def deterministic(self) -> StockSampler: ...

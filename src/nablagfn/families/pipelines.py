@@ -187,8 +187,9 @@ class PipelineFamily:
 
     def ode_sampler(self, config: Config) -> StockSampler:
         """How diffusers draws without noise: for methods whose paths have none."""
-        guidance = self.stock(config, ()).guidance
-        return self._called(replace(self.deterministic, guidance=guidance), config)
+        found, own = self.deterministic, self.stock(config, ())
+        call = {**own.call, **found.call}
+        return self._called(replace(found, guidance=own.guidance, call=call), config)
 
     @staticmethod
     def _called(found: StockSampler, config: Config) -> StockSampler:

@@ -25,19 +25,20 @@ SIDE = 1024  # pixels that the pipeline draws unless it is told
 EXACT = {"use_resolution_binning": False}  # pictures of the size asked for, none resized
 
 
-def side_of(model: str) -> int:
+def side_of(model: str, revision: str = "main") -> int:
     """Pixels that a model was trained for, by its name or its folder; else the pipeline's own."""
     if model in OF_512:
         return 512
     if model in OF_1024:
         return SIDE
-    known = config_in(os.path.expanduser(model), "transformer/config.json", cached=True)
+    folder = os.path.expanduser(model)
+    known = config_in(folder, "transformer/config.json", revision, cached=True)
     return 32 * int(known.get("sample_size", SIDE // 32))
 
 
 def stock(config: Config, times: Sequence[float] = ()) -> StockSampler:
     """Raises ConfigError like `flow_stock`."""
-    side = side_of(config.pretrained.model)
+    side = side_of(config.pretrained.model, config.pretrained.revision)
     own = {} if side == SIDE else {"height": side, "width": side}
     return replace(flow_stock(config, times), taken={}, call={**own, **EXACT})
 

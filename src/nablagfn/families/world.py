@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError when there is no such world, or for shards of it."""
+    """Raises ConfigError when there is no such world, for shards of it, and for sizes."""
     worlds.load(config.pretrained.model)
+    for key in ("height", "width", "max_sequence_length"):
+        value = getattr(config.sampling, key)
+        if value:
+            raise ConfigError(
+                f"config.sampling.{key}={value}: {config.pretrained.model} is a world, and has a "
+                "size of its own: leave it at 0"
+            )
     if config.training.shard_base:
         raise ConfigError(
             f"config.training.shard_base=True does not go with {config.pretrained.model}: a world "

@@ -136,7 +136,7 @@ def _autoencoder(channels: int, **options: Any) -> AutoencoderKL:
     )
 
 
-def _unet_scheduler() -> DDIMScheduler:
+def _unet_scheduler(**options: Any) -> DDIMScheduler:
     with torch.device("cpu"):  # its numbers are needed
         return DDIMScheduler(
             beta_start=0.00085,
@@ -145,6 +145,7 @@ def _unet_scheduler() -> DDIMScheduler:
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
+            **options,
         )
 
 
@@ -181,7 +182,7 @@ def sdxl() -> Parts:
         "vae": _autoencoder(4, sample_size=1024, scaling_factor=0.13025),
         "text_encoder": CLIPTextModel(CLIP_TEXT),
         "text_encoder_2": CLIPTextModelWithProjection(CLIP_BIG_G),
-        "scheduler": _unet_scheduler(),
+        "scheduler": _unet_scheduler(timestep_spacing="leading"),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from ..config import ConfigError
 from .latent_model import FlowModel
 from .lora import MMDIT
 
@@ -28,6 +29,19 @@ class StableDiffusion3(FlowModel):
     def __init__(self, pipeline: Any, *call: Any) -> None:
         self.patch = pipeline.transformer.config.patch_size
         super().__init__(pipeline, *call)
+
+    def latent_size(self) -> tuple[int, int]:
+        """Raises ConfigError also for a side beyond the places that the network knows."""
+        found = super().latent_size()
+        places = self.network.config.pos_embed_max_size
+        most = places * self.patch * self.pixels_per_latent
+        for key, side in zip(("height", "width"), found, strict=True):
+            pixels = side * self.pixels_per_latent
+            if pixels > most:
+                raise ConfigError(
+                    f"config.sampling.{key}={pixels}: this model draws up to {most} pixels"
+                )
+        return found
 
     def idle_layers(self) -> set[str]:
         """The last block drops what it makes of the prompt, and so these queries."""

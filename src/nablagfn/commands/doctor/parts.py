@@ -14,7 +14,7 @@ from ...core.grids import late_start
 from ...core.path_kl import step_weights
 from ...core.transport import step_lengths
 from ...methods.build import build_kernel
-from ...methods.registry import check_settings
+from ...methods.registry import check_settings, find_method
 from .records import Finding, Patient
 
 LISTED = 50  # steps whose weights are printed one by one
@@ -118,9 +118,12 @@ def gradient(patient: Patient) -> Finding:
 
 
 def flow(patient: Patient) -> Finding:
-    """g_φ, with gradient to its weights."""
+    """g_φ, where the run learns one, with gradient to its weights."""
     started = time.perf_counter()
-    settings, policy = patient.config.model, patient.policy
+    config, policy = patient.config, patient.policy
+    settings = config.model
+    if not find_method(config.experiment.method).learns_flow(config):
+        return Finding("ok", "none")
     net = policy.make_flow(settings.flow_channel_width, settings.flow_layers_per_block, seed=0)
     x, timestep = _sample(patient), torch.ones(1, dtype=torch.long, device=patient.device)
     value = net(x, timestep, policy.condition(patient.prompts.prompts[:1], ()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,10 +35,12 @@ PICTURES = 4  # drawn by each form
 
 @dataclass(frozen=True)
 class Trained:
-    """The model that was trained. name: of its run. times: of its steps. strengths: of
-    the LoRA in each of them; none: 1 in all."""
+    """The model that was trained. device: where it drew; it is kept in the computer's memory
+    meanwhile. name: of its run. times: of its steps. strengths: of the LoRA in each of them; none:
+    1 in all."""
 
     policy: LatentPolicy
+    device: torch.device
     config: Config
     name: str
     times: Sequence[float]
@@ -76,7 +81,22 @@ def export(
         raise ConfigError(f"{target} is there already: remove it, or give another --out")
     forms = _forms(family, record.config, form)
     config = _in_float32(record.config)
-    trained = _trained(family, config, chosen, record)
+    with _memory(config):
+        proofs = _write(family, config, chosen, record, forms, target, show_progress)
+    return Exported(target, proofs)
+
+
+def _write(
+    family: Family,
+    config: Config,
+    checkpoint: Path,
+    record: Record,
+    forms: Sequence[str],
+    target: Path,
+    show_progress: bool,
+) -> list[Proof]:
+    """Write the forms beside `target`, then swap them in."""
+    trained = _trained(family, config, checkpoint, record)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -86,12 +106,24 @@ def export(
             for name in forms:
                 proofs.append(_prove(name, family, trained, partial / name))
                 bar.advance()
-        write_card(partial, record, chosen.name, proofs, trained.drawn)
+        write_card(partial, record, checkpoint.name, proofs, trained.drawn)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Exported(target, proofs)
+    return proofs
+
+
+@contextlib.contextmanager
+def _memory(config: Config) -> Iterator[None]:
+    """Raises ConfigError where the GPU has too little for a model in float32."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"{config.pretrained.model} in float32, in which an export is proved, does not fit on "
+            "this GPU; in the computer's memory: CUDA_VISIBLE_DEVICES= nablagfn export …"
+        ) from None
 
 
 def _forms(family: Family, config: Config, form: str) -> list[str]:
@@ -131,13 +163,25 @@ def _trained(family: Family, config: Config, checkpoint: Path, record: Record) -
         before = draw(policy.pipeline, family, config, prompts, times)
     strengths = policy.lora_strengths(times)
     after = draw(policy.pipeline, family, config, prompts, times, strengths, policy.first.mean)
-    return Trained(policy, config, record.name, times, strengths, Drawn(prompts, before, after))
+    device, drawn = policy.device, Drawn(prompts, before, after)
+    for part in (policy.network, policy.vae, *policy.encoders().values()):
+        part.to("cpu")  # room for what is loaded afresh
+    return Trained(policy, device, config, record.name, times, strengths, drawn)
 
 
-def _mean_in(folder: Path, policy: LatentPolicy) -> Tensor | None:
+def _placed(pipeline: Any, trained: Trained) -> Any:
+    """A fresh pipeline where the trained one drew, or each part while it is needed, as in the
+    run."""
+    if trained.config.speed.offload_text_encoder and trained.device.type != "cpu":
+        pipeline.enable_model_cpu_offload(device=trained.device)
+        return pipeline
+    return pipeline.to(trained.device)
+
+
+def _mean_in(folder: Path, device: torch.device) -> Tensor | None:
     """The mean of the first state as it was written; None: 0."""
     file = folder / FIRST_STATE
-    return load_file(file)[MEAN].to(policy.device) if file.is_file() else None
+    return load_file(file)[MEAN].to(device) if file.is_file() else None
 
 
 def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
@@ -148,7 +192,7 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
         stock = stock_of(family, trained.config, trained.times)
         form.write(trained.policy, trained.config, folder, trained.name, stock)
         trained.policy.save_first_state(folder)
-        fresh = form.load(trained.config, folder).to(trained.policy.device)
+        fresh = _placed(form.load(trained.config, folder), trained)
     again = draw(
         fresh,
         family,
@@ -156,7 +200,7 @@ def _prove(name: str, family: Family, trained: Trained, folder: Path) -> Proof:
         drawn.prompts,
         trained.times,
         trained.strengths,
-        _mean_in(folder, trained.policy),
+        _mean_in(folder, trained.device),
     )
     change = difference(drawn.after, drawn.before)
     proof = Proof(name, difference(again, drawn.after), change)

@@ -91,7 +91,9 @@ def build_subject(config: Config, dtype: torch.dtype, place: torch.device) -> Su
     for parameter in policy.parameters():
         parameter.data = parameter.data.float()
     _cast(policy.vae, vae_dtype(type(policy.model), dtype))
-    flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
+    flow = None
+    if find_method(config.experiment.method).learns_flow(config):
+        flow = policy.make_flow(model.flow_channel_width, model.flow_layers_per_block, seed=0)
     return Subject(policy, flow, _reward(config, place))
 
 
@@ -158,10 +160,13 @@ class Runnable:
 
 @dataclass(frozen=True)
 class Subject:
-    """The parts of a run, each as a pass of some rows. Call them inside the device's context."""
+    """The parts of a run, each as a pass of some rows. Call them inside the device's context.
+
+    flow: g_φ; None where the run learns none.
+    """
 
     policy: LatentPolicy
-    flow: nn.Module
+    flow: nn.Module | None
     reward: NamedReward
 
     def parts(self, fixed: Mapping[str, float]) -> Costs:
@@ -176,7 +181,7 @@ class Subject:
             decode_free=self._cost(self.decode, gradient=False),
             reward=self._cost(self.score),
             reward_free=self._cost(self.score, gradient=False),
-            flow=self._cost(self.guess),
+            flow=NOTHING if self.flow is None else self._cost(self.guess),
             sample=size_of([self.x(1)]),
         )
 
@@ -255,6 +260,7 @@ class Subject:
     def guess(self, rows: int, gradient: bool) -> Runnable:
         x, given, time = self.x(rows), self.given(rows), torch.zeros(rows, dtype=torch.long)
         where = Condition((PROMPT,) * rows, ({},) * rows, given)
+        assert self.flow is not None
         run = functools.partial(self.flow, x, time, where)
         return Runnable(run, [*tensors_of([self.flow]), x, *given.values(), time], gradient)
 
@@ -262,8 +268,7 @@ class Subject:
 def _fixed(config: Config, subject: Subject) -> dict[str, float]:
     """Count the bytes of weights, and of gradients and moments of what is trained."""
     policy, theta = subject.policy, size_of(subject.policy.parameters())
-    learned = find_method(config.experiment.method).learns_flow(config)
-    flow = size_of(subject.flow.parameters()) if learned else 0
+    flow = 0 if subject.flow is None else size_of(subject.flow.parameters())
     moments = {"lion": 1.0, "adamw8bit": 0.5}.get(config.training.optimizer, 2.0)
     copies = 2 + moments  # of the float32 weights, gradients among them
     speed = config.speed

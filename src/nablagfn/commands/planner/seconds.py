@@ -104,7 +104,9 @@ def timed(
             "U-Net": unet,
             "decoder": of("decoder", subject.decode),
             "reward": of("reward", subject.score),
-            "flow network": of("flow network", subject.guess),
+            "flow network": Seconds(0, 0)
+            if subject.flow is None
+            else of("flow network", subject.guess),
         }
 
 
