@@ -20,6 +20,7 @@ from nablagfn.families import FAMILIES, find_family
 from nablagfn.methods.build import build_kernel, build_objective
 from nablagfn.methods.parts import Parts
 from nablagfn.methods.registry import check_settings
+from nablagfn.models.flux import Flux
 from nablagfn.models.latent_model import PipelineCall
 from nablagfn.models.load import policy_of
 from nablagfn.models.locate import missing_parts
@@ -52,6 +53,15 @@ def test_flux_without_a_shift_is_known_by_its_scheduler(tmp_path: Path) -> None:
         found.append(dict(stock(config_of(pretrained__model=str(tmp_path)), ()).options))
     assert "base_shift" not in found[0]
     assert found[1]["use_dynamic_shifting"] and found[1]["max_shift"] == 0
+
+
+@pytest.mark.parametrize(("told", "shifts"), [(True, True), (False, True), (False, False)])
+def test_schnell_is_known_in_any_folder(told: bool, shifts: bool) -> None:
+    """By what it has not: an input for w, and a shift. Others without the input are not it."""
+    pipeline = TINY["flux"]()
+    pipeline.transformer.register_to_config(guidance_embeds=told)
+    pipeline.scheduler.register_to_config(use_dynamic_shifting=shifts)
+    assert Flux(pipeline).distilled == (not told and not shifts)
 
 
 def test_the_program_loads_a_pipeline_that_was_saved_without_t5(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def test_distilled_models_are_known_by_name() -> None:
     assert known >= {
         "black-forest-labs/FLUX.1-schnell",
         "stabilityai/stable-diffusion-3.5-large-turbo",
+        "stabilityai/sdxl-turbo",
+        "stabilityai/sd-turbo",
         f"{HUB}-klein-4B",
         f"{HUB}-klein-9B",
         "Tongyi-MAI/Z-Image-Turbo",

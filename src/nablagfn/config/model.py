@@ -24,9 +24,10 @@ class Model(Group):
     lora_targets: tuple[str, ...] = Field(
         ("attention",),
         min_length=1,
-        description="layers with a LoRA, separated by commas: attention (to_q, to_k, to_v, "
-        "to_out.0), resnets (of a U-Net), all (linear layers and convolutions), or endings of "
-        "names, as to_v",
+        description="layers with a LoRA, separated by commas: attention (of a "
+        "transformer both streams), resnets (of a U-Net), feed-forward (of a transformer), all "
+        "(linear layers and convolutions), or endings of names, as to_v; which layers that are is "
+        "in docs/models.md",
     )
     lora_until: float = Field(
         1.0,

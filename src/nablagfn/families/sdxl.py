@@ -23,6 +23,8 @@ def stock(config: Config, times: Sequence[float] = ()) -> StockSampler:
     return replace(found, options={**found.options, **AS_TRAINED})
 
 
+TURBO = "stabilityai/sdxl-turbo"
+
 SDXL = PipelineFamily(
     "sdxl",
     model="nablagfn.models.sdxl:StableDiffusionXL",
@@ -30,7 +32,8 @@ SDXL = PipelineFamily(
     lora_targets=UNET,
     stock=stock,
     deterministic=StockSampler("DDIMScheduler", AS_TRAINED),
-    names=("stabilityai/stable-diffusion-xl-base-1.0",),
+    names=("stabilityai/stable-diffusion-xl-base-1.0", TURBO),
+    distilled=frozenset({TURBO}),
     network=UNET_WORD,
     kohya=True,
     lengths=False,

@@ -52,6 +52,8 @@ def _with_times(config: Config, times: Sequence[float]) -> StockSampler:
     )
 
 
+TURBO = "stabilityai/sd-turbo"
+
 STABLE_DIFFUSION = PipelineFamily(
     "stable-diffusion",
     model="nablagfn.models.stable_diffusion:StableDiffusion",
@@ -59,7 +61,8 @@ STABLE_DIFFUSION = PipelineFamily(
     lora_targets=UNET,
     stock=unet_stock,
     deterministic=StockSampler("DDIMScheduler"),
-    names=(TINY_ANIMALS, *SD15),
+    names=(TINY_ANIMALS, *SD15, TURBO),
+    distilled=frozenset({TURBO}),
     network=UNET_WORD,
     kohya=True,
     lengths=False,

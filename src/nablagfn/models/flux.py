@@ -27,6 +27,12 @@ class Flux(FlowModel):
     embeds_guidance = True
     patch = 2
 
+    @property
+    def distilled(self) -> bool:
+        """FLUX.1-schnell, in whatever folder: it is told no w, and has no shift by size."""
+        shifts = self.pipeline.scheduler.config.get("use_dynamic_shifting")
+        return not (self.network.config.guidance_embeds or shifts)
+
     def channels(self) -> int:
         return int(self.network.config.in_channels) // 4
 
