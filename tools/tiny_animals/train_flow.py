@@ -1,6 +1,6 @@
 """Train tiny-animals-flow: a small MM-DiT by rectified flow, on the pictures of tiny-animals.
 
-    python train_flow.py --pack .data/tiny-animals.zip --work WORK --minutes 60
+    python train_flow.py --pack .data/tiny-animals.zip --work WORK
 
 The autoencoder and the text encoder are those that ship with tiny-animals, frozen; captions are
 encoded once, as a ``StableDiffusion3Pipeline`` encodes them. Where such a pipeline has no T5 it
@@ -198,7 +198,7 @@ def latents_of(pack: Path, work: Path, device: torch.device) -> tuple[Tensor, np
 
 def main() -> None:
     """Train; writes ``flow.pt`` (averaged weights) every 200 steps and at the end."""
-    p = parser(__doc__, minutes=75, lr=2e-3, batch=96)
+    p = parser(__doc__, minutes=110, lr=2e-3, batch=96)
     p.add_argument("--pack", type=Path, required=True, help="the drawings (pack.py)")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
