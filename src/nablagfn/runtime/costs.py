@@ -92,7 +92,7 @@ def cost(run: Callable[[], Tensor], known: Iterable[Tensor], *, gradient: bool =
     """
     tracker = Tracker(known, collect_every=COLLECT_EVERY)
     with (
-        _collected_by_count(),
+        collected_by_count(),
         _memory_saving_attention(),
         torch.set_grad_enabled(gradient),
         FlopCounterMode(display=False) as counter,
@@ -123,11 +123,15 @@ def per_row(run: Callable[[int], Cost]) -> Cost:
 
 
 @contextlib.contextmanager
-def _collected_by_count() -> Iterator[None]:
+def collected_by_count() -> Iterator[None]:
     """Recomputed blocks leave reference cycles that hold tensors. Python would collect them when it
-    comes by; inside this only the tracker does, so that a count is the same every time."""
+    comes by; inside this only the tracker does, so that a count is the same every time. Around
+    several counts it saves each of them a look at all that is there."""
     was = gc.isenabled()
     gc.collect()
+    if gc.get_freeze_count() and not was:  # inside another
+        yield
+        return
     gc.disable()
     gc.freeze()  # what is there already need not be looked at
     try:

@@ -23,7 +23,7 @@ from ...models.latent_model import vae_dtype
 from ...rewards import NamedReward, components_of, modules_of
 from ...rewards.clip import ClipScore
 from ...rewards.imagereward import ImageReward
-from ...runtime.costs import Cost, cost, per_row, size_of, tensors_of
+from ...runtime.costs import Cost, collected_by_count, cost, per_row, size_of, tensors_of
 from ...runtime.distributed import weight_dtype
 from .. import architectures
 
@@ -169,6 +169,7 @@ class Subject:
     flow: nn.Module | None
     reward: NamedReward
 
+    @collected_by_count()
     def parts(self, fixed: Mapping[str, float]) -> Costs:
         with self.checkpointing(True):
             checkpointed = self._cost(self.eps)

@@ -14,7 +14,7 @@ import torch
 from ...config import Config, ConfigError, flatten
 from ...methods.registry import find_method
 from ...runtime.costs import Cost
-from .parts import Costs, measure
+from .parts import NOTHING, Costs, measure
 from .work import Passes, Price, Work, total, update_passes, work_of
 
 CONTEXT = 0.6e9  # bytes of a CUDA context and its libraries; assumed, not measured
@@ -59,7 +59,8 @@ def _update(config: Config, parts: Costs, setting: Setting) -> dict[str, float]:
     p, rows = parts, setting.micro_batch
     eps = p.eps_checkpointed if setting.gradient_checkpointing else p.eps
     method = find_method(config.experiment.method)
-    flow, alive = p.flow, method.alive(config)
+    flow = p.flow if method.learns_flow(config) else NOTHING  # they may be another method's parts
+    alive = method.alive(config)
     alone = alive.alone * eps.held + 2 * flow.held + max(eps.passing, flow.passing)
     found = {"the rest": rows * alone}
     if alive.with_reward is None:
