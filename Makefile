@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-flow test conformance parity parity-full check lint report-check proofs proofs-pictures proofs-flow proofs-demo docs models-table gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
+.PHONY: demo demo-flow test test-slow conformance parity parity-full check lint report-check proofs proofs-pictures proofs-flow proofs-demo docs models-table gpu gpu-rehearsal wheels gpu-carry tiny-animals setup clean
 
 demo: $(READY)  ## the main job: finetune the shipped model, print figures, write the report
 	$(BIN)/nablagfn train --config=warmth
@@ -16,6 +16,9 @@ demo-flow: $(READY)  ## the same on the shipped flow model, tiny-animals-flow
 
 test: $(READY)  ## the test suite (minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-slow: $(READY)  ## compiled steps, and sharded runs beside whole ones (5 minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 lint: $(READY)  ## style, complexity, types
 	$(BIN)/ruff check .

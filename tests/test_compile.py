@@ -115,6 +115,7 @@ def passed(
         return [eps.detach(), *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_no_graph_is_used_for_another_state(broken: bool, captured: None) -> None:
     """Each state after each other one; the two that were mixed up also with a break within.

@@ -178,6 +178,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Patien
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_right_compiled_step_is_well_and_theta_is_as_it_was(
     compiler: Callable[[Any], Patient],
 ) -> None:
@@ -199,6 +200,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_compiled_step_fails_with_its_fix(
     what: str, compiler: Callable[[Any], Patient]
@@ -212,6 +214,7 @@ def test_a_wrong_compiled_step_fails_with_its_fix(
         assert all(name in row.finding.text for name in named)
 
 
+@pytest.mark.slow
 def test_a_theta_that_gets_no_gradient_fails_where_it_is_trained(
     compiler: Callable[[Any], Patient],
 ) -> None:

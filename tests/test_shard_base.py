@@ -87,6 +87,7 @@ def assert_close(found: Any, expected: Any, rel: float = ROUNDING) -> None:
 # -------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "updates"), [("flow", 2), ("no_flow", 1)])
 def test_a_sharded_run_equals_a_whole_one(kind: str, updates: int, ran: Ran) -> None:
     """Weights, metrics, evaluation and diagnostics, up to the rounding of float64; the passes are
@@ -108,6 +109,7 @@ def test_a_sharded_run_equals_a_whole_one(kind: str, updates: int, ran: Ran) -> 
         assert_close(*evaluations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flow", "no_flow"])
 def test_one_process_had_clean_rows_only_and_the_other_not(kind: str, ran: Ran) -> None:
     """What the runs above are to show: it happened in them."""
@@ -117,6 +119,7 @@ def test_one_process_had_clean_rows_only_and_the_other_not(kind: str, ran: Ran) 
     assert any(a and b for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flow", "no_flow"])
 def test_each_process_holds_half_of_the_base_model(kind: str, ran: Ran) -> None:
     held, whole = ran.found[f"bytes_{kind}"], ran.found["bytes_whole"]
@@ -124,12 +127,14 @@ def test_each_process_holds_half_of_the_base_model(kind: str, ran: Ran) -> None:
     assert held == pytest.approx([whole / 2] * 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_with_checkpointing_equals_a_whole_one_without(ran: Ran) -> None:
     before, after = (weights(ran.out / n, 1, SAVED) for n in ("whole_flow", "checkpointed"))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=ROUNDING, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_is_asked_to_stop_goes_on_bit_for_bit(ran: Ran) -> None:
     """SIGTERM reached one process only, within the first update."""
     assert ran.found["cut"] == [False, 1] and ran.found["resumed"] == 2
@@ -141,6 +146,7 @@ def test_a_sharded_run_that_is_asked_to_stop_goes_on_bit_for_bit(ran: Ran) -> No
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
+@pytest.mark.slow
 def test_evaluate_shards_too(ran: Ran) -> None:
     """In float32, and of weights that differ by rounding."""
     whole, sharded = (
@@ -152,6 +158,7 @@ def test_evaluate_shards_too(ran: Ran) -> None:
     assert ran.found["evaluated_sharded"] < 0.6 * ran.found["evaluated_whole"]
 
 
+@pytest.mark.slow
 def test_what_was_trained_in_shards_is_loaded_whole_by_one_process(
     ran: Ran, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +170,7 @@ def test_what_was_trained_in_shards_is_loaded_whole_by_one_process(
     load_policy(policy, folder.checkpoint("update_000002"))
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_process_ends_all_with_one_line(ran: Ran) -> None:
     """The second process cannot back off while the first waits for it within a pass."""
     assert ran.code != 0

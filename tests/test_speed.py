@@ -525,6 +525,7 @@ def test_a_switch_changes_speed_and_not_the_run(
         assert len(trainer.policy._encoder_hooks) == 1
 
 
+@pytest.mark.slow
 def test_compiled_parts_give_the_same_run(
     plain: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,6 +534,7 @@ def test_compiled_parts_give_the_same_run(
     lines: list[str] = []
     monkeypatch.setattr("nablagfn.runs.progress.Bar.line", lambda bar, text: lines.append(text))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
     _, found = trained(tmp_path, **{"speed.compile": True})
     same_weights(found, plain)
     (line,) = (text for text in lines if "torch.compile" in text)
