@@ -25,7 +25,7 @@ lint: $(READY)  ## style, complexity, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-conformance: $(READY)  ## every check, and every method, on every model family (10 minutes)
+conformance: $(READY)  ## every check, and every method, on every model family (5 minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
 	  -m "not proof and not parity" tests/test_conformance.py tests/test_conformance_runs.py
 
