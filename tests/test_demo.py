@@ -26,6 +26,20 @@ def figures(recipe: str, seed: int, out: Path) -> dict[str, Any]:
     return found
 
 
+def shares_near_the_target(
+    recipe: str, seed: int, out: Path, *, gain: float, efficiency: float
+) -> dict[str, dict[str, float]]:
+    """A whole run reaches so much of its target and keeps what that keeps: the shares of looks."""
+    found = figures(recipe, seed, out)
+    after, beside = found["after"], found["against_target"]
+    assert beside["gain_reached"] >= gain
+    assert beside["efficiency"] >= efficiency
+    assert after["diversity"] == pytest.approx(beside["target_diversity"], rel=0.05)
+    assert after["recognised"] >= beside["target_recognised"] - 0.03
+    shares: dict[str, dict[str, float]] = beside["shares"]
+    return shares
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", SEEDS)
 def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
@@ -33,13 +47,7 @@ def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
 ) -> None:
     """Seven tenths of the target's gain at two thirds of the efficiency, the target's diversity to
     5 % and what is recognised of it to three points."""
-    found = figures("warmth", seed, tmp_path)
-    after, beside = found["after"], found["against_target"]
-    assert beside["gain_reached"] >= 0.7
-    assert beside["efficiency"] >= 0.66
-    assert after["diversity"] == pytest.approx(beside["target_diversity"], rel=0.05)
-    assert after["recognised"] >= beside["target_recognised"] - 0.03
-    shares = beside["shares"]
+    shares = shares_near_the_target("warmth", seed, tmp_path, gain=0.7, efficiency=0.66)
     for colour in ("red", "yellow"):  # more of it, and not more than the target has
         share = shares[f"background: {colour}"]
         assert share["before"] < share["after"] < share["target"]
@@ -50,13 +58,8 @@ def test_warmth_moves_towards_its_target_and_keeps_what_that_keeps(
 def test_warmth_on_the_flow_model_moves_further(seed: int, tmp_path: Path) -> None:
     """More of the gain and of the efficiency, the same of what the target keeps; but red stands
     for a part of the yellow."""
-    found = figures("warmth_flow", seed, tmp_path)
-    after, beside = found["after"], found["against_target"]
-    assert beside["gain_reached"] >= 0.8
-    assert beside["efficiency"] >= 0.75
-    assert after["diversity"] == pytest.approx(beside["target_diversity"], rel=0.05)
-    assert after["recognised"] >= beside["target_recognised"] - 0.03
-    yellow = beside["shares"]["background: yellow"]
+    shares = shares_near_the_target("warmth_flow", seed, tmp_path, gain=0.8, efficiency=0.75)
+    yellow = shares["background: yellow"]
     assert yellow["before"] < yellow["after"] < yellow["target"]
 
 

@@ -111,6 +111,11 @@ class LatentModel(ABC):
         side = int(self.pipeline.default_sample_size) * int(self.pipeline.vae_scale_factor)
         return side, side
 
+    @property
+    def most_pixels(self) -> int:
+        """Of the longest side that it can draw; 0: any."""
+        return 0
+
     def latent_size(self) -> tuple[int, int]:
         """H and W of a latent. Raises ConfigError for pixels that do not come out."""
         height, width = self.default_pixels()
@@ -124,6 +129,11 @@ class LatentModel(ABC):
             if pixels % step:
                 raise ConfigError(
                     f"config.sampling.{key}={pixels}: this model draws multiples of {step} pixels"
+                )
+            if self.most_pixels and pixels > self.most_pixels:
+                raise ConfigError(
+                    f"config.sampling.{key}={pixels}: this model draws up to {self.most_pixels} "
+                    "pixels"
                 )
             found.append(pixels // self.pixels_per_latent)
         return found[0], found[1]

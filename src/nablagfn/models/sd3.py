@@ -9,7 +9,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from ..config import ConfigError
 from .latent_model import FlowModel
 from .lora import MMDIT
 
@@ -30,18 +29,11 @@ class StableDiffusion3(FlowModel):
         self.patch = pipeline.transformer.config.patch_size
         super().__init__(pipeline, *call)
 
-    def latent_size(self) -> tuple[int, int]:
-        """Raises ConfigError also for a side beyond the places that the network knows."""
-        found = super().latent_size()
-        places = self.network.config.pos_embed_max_size
-        most = places * self.patch * self.pixels_per_latent
-        for key, side in zip(("height", "width"), found, strict=True):
-            pixels = side * self.pixels_per_latent
-            if pixels > most:
-                raise ConfigError(
-                    f"config.sampling.{key}={pixels}: this model draws up to {most} pixels"
-                )
-        return found
+    @property
+    def most_pixels(self) -> int:
+        """As many as its table has places."""
+        places = int(self.network.config.pos_embed_max_size)
+        return places * self.patch * self.pixels_per_latent
 
     def idle_layers(self) -> set[str]:
         """The last block drops what it makes of the prompt, and so these queries."""

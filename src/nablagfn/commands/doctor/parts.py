@@ -119,11 +119,10 @@ def gradient(patient: Patient) -> Finding:
 
 def flow(patient: Patient) -> Finding:
     """g_φ, where the run learns one, with gradient to its weights."""
-    started = time.perf_counter()
     config, policy = patient.config, patient.policy
-    settings = config.model
     if not find_method(config.experiment.method).learns_flow(config):
         return Finding("ok", "none")
+    started, settings = time.perf_counter(), config.model
     net = policy.make_flow(settings.flow_channel_width, settings.flow_layers_per_block, seed=0)
     x, timestep = _sample(patient), torch.ones(1, dtype=torch.long, device=patient.device)
     value = net(x, timestep, policy.condition(patient.prompts.prompts[:1], ()))

@@ -56,6 +56,19 @@ class Exported:
     proofs: list[Proof]
 
 
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Raises ConfigError where the GPU has too little for a model in float32."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            "the model in float32, in which an export is proved, does not fit on this GPU; in the "
+            "computer's memory: CUDA_VISIBLE_DEVICES= nablagfn export …"
+        ) from None
+
+
+@_enough_memory()
 def export(
     folder: RunFolder,
     *,
@@ -81,22 +94,7 @@ def export(
         raise ConfigError(f"{target} is there already: remove it, or give another --out")
     forms = _forms(family, record.config, form)
     config = _in_float32(record.config)
-    with _memory(config):
-        proofs = _write(family, config, chosen, record, forms, target, show_progress)
-    return Exported(target, proofs)
-
-
-def _write(
-    family: Family,
-    config: Config,
-    checkpoint: Path,
-    record: Record,
-    forms: Sequence[str],
-    target: Path,
-    show_progress: bool,
-) -> list[Proof]:
-    """Write the forms beside `target`, then swap them in."""
-    trained = _trained(family, config, checkpoint, record)
+    trained = _trained(family, config, chosen, record)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -106,24 +104,12 @@ def _write(
             for name in forms:
                 proofs.append(_prove(name, family, trained, partial / name))
                 bar.advance()
-        write_card(partial, record, checkpoint.name, proofs, trained.drawn)
+        write_card(partial, record, chosen.name, proofs, trained.drawn)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return proofs
-
-
-@contextlib.contextmanager
-def _memory(config: Config) -> Iterator[None]:
-    """Raises ConfigError where the GPU has too little for a model in float32."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"{config.pretrained.model} in float32, in which an export is proved, does not fit on "
-            "this GPU; in the computer's memory: CUDA_VISIBLE_DEVICES= nablagfn export …"
-        ) from None
+    return Exported(target, proofs)
 
 
 def _forms(family: Family, config: Config, form: str) -> list[str]:
